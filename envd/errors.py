@@ -1,0 +1,344 @@
+"""The one error tree: class ↔ stable code ↔ HTTP status ↔ whose fault.
+
+    EnvdError
+    ├── StartError            the daemon cannot start: bad settings, port taken, second daemon, missing package
+    ├── RequestError          the caller must change something            fault: client
+    │   └── MalformedJson, InvalidRequest, BodyTooLarge, NotFound, MethodNotAllowed, UnknownEnv, UnknownJob,
+    │       NoEpisode, EpisodeOver, EnvBusy, JobCancelled, JobSuperseded
+    ├── CapacityError         nobody can be served just now               fault: capacity
+    │   └── QueueFull, Draining, StillBooting, JobExpired, TooManyWatchers
+    ├── InfraError            a machine or a library failed               fault: infra
+    │   └── BootFailed, BootTimeout, InstanceDied, DesktopLost, GuestUnreachable, GuestMisbehaved, ServerUnreachable,
+    │       InternalError
+    └── TaskError             the task file cannot be run as it is        fault: task
+        └── TaskInvalid, SetupFailed, NotEvaluable
+
+An error travels as `application/problem+json` (RFC 9457): `Problem` below. The code crosses the wire, the class path
+never does; `from_problem` gives the client the class back.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Fault(StrEnum):
+    """Whose doing a failure was. A trainer masks all but `agent`."""
+
+    INFRA = "infra"
+    CAPACITY = "capacity"
+    TASK = "task"
+    AGENT = "agent"
+    CLIENT = "client"
+
+
+class Problem(BaseModel):
+    """An error as it is sent, and as it is kept in a failed job. Extra members carry the facts of the occurrence."""
+
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+    type: str
+    title: str
+    status: int
+    detail: str
+    code: str
+    fault: Fault
+    retryable: bool
+    hint: str = ""
+    instance: str | None = None
+    retry_after: float | None = None
+
+
+class EnvdError(Exception):
+    """What happened (`detail`), what to do (`hint`), and the facts, as attributes and on the wire.
+
+    `retry_after` is in seconds. Facts must be JSON values.
+    """
+
+    code: ClassVar[str] = "error"
+    title: ClassVar[str] = "Error"
+    status: ClassVar[int] = 500
+    fault: ClassVar[Fault] = Fault.INFRA
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, detail: str, *, hint: str = "", retry_after: float | None = None, **facts: Any) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.hint = hint
+        self.retry_after = retry_after
+        self.facts = facts
+
+    def problem(self, instance: str | None = None) -> Problem:
+        return Problem(
+            type=f"/errors#{self.code}",
+            title=self.title,
+            status=self.status,
+            detail=self.detail,
+            code=self.code,
+            fault=self.fault,
+            retryable=self.retryable,
+            hint=self.hint,
+            instance=instance,
+            retry_after=self.retry_after,
+            **self.facts,
+        )
+
+    def __str__(self) -> str:
+        return f"{self.detail} {self.hint}".strip()
+
+
+class StartError(EnvdError):
+    """The daemon cannot start. `exit_code` follows sysexits: 78 configuration, 75 try later, 69 something missing."""
+
+    code = "cannot_start"
+    title = "The daemon cannot start"
+    exit_code: ClassVar[int] = 78
+
+
+class SettingsError(StartError):
+    code = "bad_settings"
+    title = "A setting cannot be used"
+
+
+class AddressInUse(StartError):
+    code = "address_in_use"
+    title = "The port is taken"
+    exit_code = 75
+
+
+class StateDirLocked(StartError):
+    code = "state_dir_locked"
+    title = "Another daemon uses this state directory"
+    exit_code = 75
+
+
+class MissingDependency(StartError):
+    code = "missing_dependency"
+    title = "Something the provider needs is not installed"
+    exit_code = 69
+
+
+class RequestError(EnvdError):
+    code = "bad_request"
+    title = "The request cannot be served as it is"
+    status = 400
+    fault = Fault.CLIENT
+
+
+class MalformedJson(RequestError):
+    code = "malformed_json"
+    title = "The body is not JSON"
+
+
+class InvalidRequest(RequestError):
+    """`errors` is a list of {"field", "message"}."""
+
+    code = "invalid_request"
+    title = "A field is missing, unknown or of the wrong kind"
+    status = 422
+
+
+class BodyTooLarge(RequestError):
+    code = "body_too_large"
+    title = "The body is too large"
+    status = 413
+
+
+class NotFound(RequestError):
+    code = "not_found"
+    title = "No such resource"
+    status = 404
+
+
+class MethodNotAllowed(RequestError):
+    code = "method_not_allowed"
+    title = "This resource has no such method"
+    status = 405
+
+
+class HttpVersionUnsupported(RequestError):
+    code = "http_version_unsupported"
+    title = "Streams are served over HTTP/1.1 only"
+    status = 505
+
+
+class UnknownEnv(RequestError):
+    code = "unknown_env"
+    title = "No such env"
+    status = 404
+
+
+class UnknownJob(RequestError):
+    code = "unknown_job"
+    title = "No such job"
+    status = 404
+
+
+class NoEpisode(RequestError):
+    code = "no_episode"
+    title = "The env has no episode"
+    status = 409
+
+
+class EpisodeOver(RequestError):
+    code = "episode_over"
+    title = "The episode has ended"
+    status = 409
+
+
+class EnvBusy(RequestError):
+    code = "env_busy"
+    title = "The env is busy with another call"
+    status = 409
+    retryable = True
+
+
+class JobCancelled(RequestError):
+    code = "job_cancelled"
+    title = "The job was cancelled"
+    status = 409
+
+
+class JobSuperseded(RequestError):
+    code = "job_superseded"
+    title = "A newer reset of the same env took this one's place"
+    status = 409
+
+
+class CapacityError(EnvdError):
+    code = "no_capacity"
+    title = "Nobody can be served just now"
+    status = 503
+    fault = Fault.CAPACITY
+    retryable = True
+
+
+class QueueFull(CapacityError):
+    code = "queue_full"
+    title = "The boot queue is full"
+
+
+class Draining(CapacityError):
+    code = "draining"
+    title = "The daemon is shutting down"
+
+
+class StillBooting(CapacityError):
+    """The answer of a legacy reset whose wait ran out. The job goes on."""
+
+    code = "still_booting"
+    title = "The desktop is still booting"
+
+
+class JobExpired(CapacityError):
+    code = "job_expired"
+    title = "The job waited longer than it was allowed to"
+
+
+class TooManyWatchers(CapacityError):
+    code = "too_many_watchers"
+    title = "Too many event streams are open"
+
+
+class InfraError(EnvdError):
+    code = "infra_error"
+    title = "A machine failed"
+    status = 503
+    fault = Fault.INFRA
+    retryable = True
+
+
+class BootFailed(InfraError):
+    """Facts: phase, phases (name → seconds), probes (name → last result), log (last lines of the instance)."""
+
+    code = "boot_failed"
+    title = "The desktop could not be booted"
+
+
+class BootTimeout(BootFailed):
+    code = "boot_timeout"
+    title = "The desktop was not ready in time"
+
+
+class InstanceDied(BootFailed):
+    code = "instance_died"
+    title = "The desktop's instance died while it booted"
+
+
+class DesktopLost(InfraError):
+    code = "desktop_lost"
+    title = "The desktop is gone"
+
+
+class GuestUnreachable(InfraError):
+    code = "guest_unreachable"
+    title = "The guest server does not answer"
+
+
+class GuestMisbehaved(InfraError):
+    code = "guest_misbehaved"
+    title = "The guest server answered something that cannot be used"
+
+
+class ServerUnreachable(InfraError):
+    """Raised by the client only."""
+
+    code = "server_unreachable"
+    title = "The envd server does not answer"
+
+
+class InternalError(InfraError):
+    """A bug of ours. The log has the traceback under the request's id."""
+
+    code = "internal_error"
+    title = "The daemon made a mistake"
+    status = 500
+    retryable = False
+
+
+class TaskError(EnvdError):
+    code = "task_error"
+    title = "The task cannot be run"
+    status = 422
+    fault = Fault.TASK
+
+
+class TaskInvalid(TaskError):
+    code = "task_invalid"
+    title = "The task file cannot be used"
+
+
+class SetupFailed(TaskError):
+    """Facts: step (index from 0), type."""
+
+    code = "setup_failed"
+    title = "The task's set-up failed"
+    status = 503
+
+
+class NotEvaluable(TaskError):
+    code = "not_evaluable"
+    title = "This daemon cannot evaluate the task"
+    status = 501
+
+
+def _classes(root: type[EnvdError]) -> dict[str, type[EnvdError]]:
+    found = {root.code: root}
+    for child in root.__subclasses__():
+        found |= _classes(child)
+    return found
+
+
+def from_problem(problem: Problem) -> EnvdError:
+    """The error whose code `problem` carries; an unknown code (a newer server) becomes a plain error of its fault."""
+    fallback = {
+        Fault.CLIENT: RequestError,
+        Fault.CAPACITY: CapacityError,
+        Fault.TASK: TaskError,
+    }.get(problem.fault, InfraError)
+    cls = _classes(EnvdError).get(problem.code, fallback)
+    facts = dict(problem.model_extra or {})
+    return cls(problem.detail, hint=problem.hint, retry_after=problem.retry_after, **facts)

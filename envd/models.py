@@ -1,0 +1,262 @@
+"""The nouns of the daemon and their JSON: Job, Desktop, Env, Episode, StepResult.
+
+Every model is frozen; a change is `model_copy(update=…)`. Times are Unix seconds (wall clock, for people), durations
+are seconds and were measured on the monotonic clock.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+
+from .errors import Problem
+
+
+class Model(BaseModel):
+    """Readers ignore what they do not know, so that an old client can talk to a new server."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class JobState(StrEnum):
+    """Where a job is. The last five are ends; a job has exactly one."""
+
+    QUEUED = "queued"  # waits for its turn to boot
+    BOOTING = "booting"  # a desktop is being made for it
+    SETTING_UP = "setting_up"  # it has a desktop; the task's set-up runs, then the first observation
+    SUCCEEDED = "succeeded"  # a reset: the first observation is there; a prewarm: a clean desktop stands by
+    FAILED = "failed"  # `error` says why
+    CANCELLED = "cancelled"  # somebody asked for that, and its instance is confirmed gone or serves another job
+    SUPERSEDED = "superseded"  # another reset of the same env came while this one waited
+    EXPIRED = "expired"  # it waited longer than it was allowed to, and was never booted
+
+    @property
+    def terminal(self) -> bool:
+        return self not in (JobState.QUEUED, JobState.BOOTING, JobState.SETTING_UP)
+
+
+class JobKind(StrEnum):
+    RESET = "reset"
+    PREWARM = "prewarm"
+
+
+class ResetPath(StrEnum):
+    """How the desktop was had."""
+
+    SPARE = "spare"  # already booted
+    RESTORE = "restore"  # from a memory snapshot
+    COLD = "cold"  # booted for this job
+
+
+class ProbeResult(StrEnum):
+    OK = "ok"
+    FAIL = "fail"  # the guest answered, and the answer was not good
+    UNKNOWN = "unknown"  # nothing to judge: refused, timed out, or our own mistake
+
+
+class Phase(Model):
+    """One stretch of a job: `queue`, `create`, `ready`, `set_up`, `observe`. `seconds` is None while it lasts."""
+
+    name: str
+    started_at: float
+    seconds: float | None = None
+
+
+class Probe(Model):
+    """The record of one readiness probe: `screenshot` or `chrome_cdp`."""
+
+    name: str
+    result: ProbeResult = ProbeResult.UNKNOWN
+    passed: bool = False
+    detail: str = "not tried yet"
+    attempts: int = 0
+    seconds: float | None = None
+    """From the start of the boot until the probe passed."""
+
+
+class Job(Model):
+    """A reset (or a prewarm) from being accepted to its end. `version` grows with every change and is the ETag."""
+
+    id: str
+    kind: JobKind = JobKind.RESET
+    env: int | None
+    state: JobState = JobState.QUEUED
+    version: int = 1
+    created_at: float
+    started_at: float | None = None
+    ended_at: float | None = None
+    task_id: str | None = None
+    position: int | None = None
+    """1 is next; None once it no longer waits."""
+    ahead: int = 0
+    """Jobs before this one, the one that is booting included."""
+    eta_s: float | None = None
+    """Expected seconds until this job ends, from earlier boots of the same kind; None while there were none."""
+    phase: str = "queue"
+    phases: tuple[Phase, ...] = ()
+    probes: tuple[Probe, ...] = ()
+    reset_path: ResetPath | None = None
+    desktop_id: str | None = None
+    episode_id: str | None = None
+    joined: int = 0
+    """How many identical resets joined this one instead of making a job of their own."""
+    cancel_requested: bool = False
+    warnings: tuple[str, ...] = ()
+    error: Problem | None = None
+
+    @property
+    def links(self) -> dict[str, str]:
+        return {
+            "self": f"/v1/jobs/{self.id}",
+            "events": f"/v1/jobs/{self.id}/events",
+            "cancel": f"/v1/jobs/{self.id}/cancel",
+        }
+
+
+class Endpoints(Model):
+    """Where a desktop is reached from this host: base URLs without a trailing slash."""
+
+    guest: str
+    cdp: str
+    vnc: str | None = None
+    vlc: str | None = None
+
+
+class DesktopState(StrEnum):
+    BOOTING = "booting"
+    READY = "ready"  # clean, waits for a job
+    IN_USE = "in_use"
+    LOST = "lost"  # died by itself
+    REMOVING = "removing"
+
+
+class Desktop(Model):
+    """A machine of ours. Its id was chosen before it was created and is also the provider's name for it."""
+
+    id: str
+    provider: str
+    state: DesktopState
+    endpoints: Endpoints | None = None
+    created_at: float
+    ready_at: float | None = None
+    env: int | None = None
+    chrome_cdp: bool | None = None
+    """Whether CDP answered when last looked at; None before readiness."""
+
+
+class EnvState(StrEnum):
+    EMPTY = "empty"  # never reset, or its last reset failed
+    RESETTING = "resetting"
+    PLAYING = "playing"  # has an episode
+    LOST = "lost"  # its desktop died; a reset gives it a new one
+
+
+class Env(Model):
+    id: int
+    state: EnvState
+    job_id: str | None = None
+    waiting_job_id: str | None = None
+    desktop: Desktop | None = None
+    episode: Episode | None = None
+    detail: str = ""
+
+
+class EndReason(StrEnum):
+    DONE = "done"  # the model said finished
+    FAIL = "fail"  # the model gave up: call_user, error_env, FAIL
+    MAX_STEPS = "max_steps"
+    UNPARSABLE = "unparsable"  # the prediction was not in the grammar
+    LOST = "lost"  # the desktop died
+    REPLACED = "replaced"  # another reset of the env began
+
+
+class Episode(Model):
+    """From one reset of an env to its next. `actions` counts what ran in the guest, `steps` the calls."""
+
+    id: str
+    env: int
+    desktop_id: str
+    task_id: str | None = None
+    instruction: str = ""
+    started_at: float
+    steps: int = 0
+    actions: int = 0
+    max_steps: int
+    done: bool = False
+    end_reason: EndReason | None = None
+    screen: tuple[int, int]
+    reset_path: ResetPath
+
+
+class ActionOutcome(StrEnum):
+    OK = "ok"
+    FAILED = "failed"  # the guest ran it and it ended non-zero
+    UNKNOWN = "unknown"  # the answer was lost; it was not sent again
+    SPECIAL = "special"  # DONE, WAIT, FAIL: nothing ran in the guest
+
+
+class ActionResult(Model):
+    """What became of one program. `stdout` and `stderr` are cut to 4,000 characters."""
+
+    action: str
+    outcome: ActionOutcome
+    returncode: int | None = None
+    stdout: str = ""
+    stderr: str = ""
+    seconds: float
+
+
+class StepResult(Model):
+    env: int
+    episode_id: str
+    step: int
+    """1 for the first step of the episode."""
+    done: bool
+    end_reason: EndReason | None = None
+    format_reward: float
+    """0.0 for a prediction that parses, -1.0 for one that does not. Nothing that fails elsewhere changes it."""
+    actions: tuple[ActionResult, ...]
+    problem: str = ""
+    """Why the prediction did not parse."""
+    seconds: dict[str, float] = {}
+    screenshot: str | None = None
+    """base64 of a PNG; None when `include_screenshot` was false."""
+
+
+class ResetRequest(BaseModel):
+    """Body of `POST /v1/envs/{env}/reset`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    task: dict[str, Any] = Field(
+        default_factory=dict, description="An OSWorld task: id, instruction, config, evaluator, …"
+    )
+    max_steps: int | None = Field(default=None, ge=1, le=10_000)
+    queue_timeout_s: float | None = Field(
+        default=None, gt=0, description="Expire instead of booting after so long a wait."
+    )
+
+
+class StepRequest(BaseModel):
+    """Body of `POST /v1/envs/{env}/step`: exactly one of `prediction` (the model's text) and `actions` (pyautogui
+    programs, or DONE, WAIT, FAIL)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    prediction: str | None = None
+    actions: list[Annotated[str, StringConstraints(min_length=1, max_length=65_536)]] | None = Field(
+        default=None, min_length=1, max_length=64
+    )
+    pause_s: float | None = Field(
+        default=None, ge=0, le=60, description="Wait after each action; default ENVD_ACTION_PAUSE."
+    )
+    include_screenshot: bool = True
+
+
+class Health(Model):
+    status: Literal["ok"] = "ok"
+
+
+Env.model_rebuild()

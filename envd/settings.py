@@ -1,0 +1,207 @@
+"""All settings: one frozen value, read once from the environment and `.env` (the environment wins).
+
+Names that users of older servers have keep working (`PROVIDER`, `DOCKER_VM_READY_TIMEOUT`, …); everything else is
+`ENVD_*`. A name that does not exist and a value that cannot be used stop the start: nothing is silently replaced.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from dotenv import dotenv_values
+from pydantic import AliasChoices, BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from .errors import SettingsError
+
+KNOWN_PROVIDERS = ("aws", "docker", "local", "sim")
+
+
+def default_state_dir(environ: Mapping[str, str]) -> Path:
+    """`$XDG_STATE_HOME/envd`, else `~/.local/state/envd`."""
+    home = environ.get("HOME") or str(Path.home())
+    return Path(environ.get("XDG_STATE_HOME") or Path(home, ".local", "state")) / "envd"
+
+
+def _screen(value: Any) -> Any:
+    if isinstance(value, str):
+        match = re.fullmatch(r"(\d{3,5})[x×](\d{3,5})", value.strip())
+        if match is None:
+            raise ValueError("give it as WIDTHxHEIGHT, for example 1920x1080")
+        return int(match[1]), int(match[2])
+    return value
+
+
+Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class Settings(BaseSettings):
+    """Field order is the order of the table in the README. Durations are seconds."""
+
+    model_config = SettingsConfigDict(frozen=True, extra="forbid", populate_by_name=True, use_attribute_docstrings=True)
+
+    provider: str = Field(default="docker", validation_alias=AliasChoices("PROVIDER", "provider"))
+    """Who makes the desktops: docker, local, aws or sim."""
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: int = Field(default=15001, ge=0, le=65535)
+    """Port to listen on; 0 takes a free one."""
+    state_dir: Path = Path()
+    """Where the daemon keeps what must outlive it. One daemon per directory."""
+    envs: int = Field(default=1, ge=1, le=4096)
+    """How many envs are served, numbered from 0."""
+    prewarm: bool | None = None
+    """Boot a first desktop at start. Unset: for providers whose boots take minutes."""
+    screen: Annotated[tuple[int, int], BeforeValidator(_screen)] = (1920, 1080)
+    """Screen of the desktops."""
+    ready_timeout: float = Field(
+        default=3600, gt=0, validation_alias=AliasChoices("DOCKER_VM_READY_TIMEOUT", "ready_timeout")
+    )
+    """A boot that has not passed both probes by then has failed."""
+    chrome_grace: Seconds = 10
+    """How long the guest may answer without CDP before Chrome is started in it."""
+    legacy_wait: Seconds = 1150
+    """How long `POST /env/reset` waits for its job; below the 1200 s after which old clients hang up."""
+    queue_limit: int = Field(default=1024, ge=1)
+    """Jobs that may wait at once."""
+    queue_timeout: Seconds = 86_400
+    """A job that waited so long expires."""
+    max_steps: int = Field(default=16, ge=1)
+    """Actions per episode, as existing trainers expect."""
+    action_pause: Seconds = 0.5
+    """Wait after each action, before the next or the screenshot."""
+    wait_seconds: Seconds = 1.0
+    """How long the model's wait() lasts."""
+    settle_seconds: Seconds = 0.0
+    """Wait before the first observation of an episode."""
+    prompt_file: Path | None = None
+    """Prompt template your model was trained with; must contain {instruction}. Unset: envd's own."""
+    min_pixels: int = Field(default=3136, ge=784)
+    """Advertised with each image."""
+    max_pixels: int = Field(default=2_116_800, ge=784)
+    """Advertised with each image; predictions are scaled by it."""
+    heartbeat: float = Field(default=15, gt=0)
+    """Seconds of silence before an event stream sends a comment."""
+    max_streams: int = Field(default=2048, ge=1)
+    """Event streams that may be open at once."""
+    body_limit: int = Field(default=8 * 1024 * 1024, ge=1024)
+    """Largest request body, in bytes."""
+    drain_seconds: float = Field(default=1.0, ge=0, le=60)
+    """At shutdown, how long running steps may take to finish."""
+    local_unsandboxed: bool = False
+    """Let `local` desktops run without bubblewrap. They can then read your files."""
+    sim: str = ""
+    """Behaviour of `sim` desktops, for example boot=2,fail=0.1."""
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["auto", "json", "console"] = "auto"
+    """auto: JSON unless stderr is a terminal."""
+    url: str = "http://127.0.0.1:15001"
+    """Server that the command line's client commands talk to."""
+
+    origins: Mapping[str, str] = Field(default_factory=dict, exclude=True, repr=False)
+    """Field name → where its value came from: `environment`, the .env file's path, `argument` or `default`."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Only what `load` passes: it reads the environment itself, once, and keeps where each value came from."""
+        return (init_settings,)
+
+    @field_validator("provider")
+    @classmethod
+    def _provider_is_known(cls, value: str) -> str:
+        value = value.strip().lower()
+        if value not in KNOWN_PROVIDERS:
+            near = difflib.get_close_matches(value, KNOWN_PROVIDERS, n=1)
+            raise ValueError(
+                f"no such provider{f', did you mean {near[0]}' if near else ''}; there are {', '.join(KNOWN_PROVIDERS)}"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _pixels_in_order(self) -> Self:
+        if self.min_pixels > self.max_pixels:
+            raise ValueError("ENVD_MIN_PIXELS is larger than ENVD_MAX_PIXELS")
+        return self
+
+
+def variable(field: str) -> str:
+    """The name under which `field` is set from outside."""
+    alias = Settings.model_fields[field].validation_alias
+    if isinstance(alias, AliasChoices):
+        return str(alias.choices[0])
+    return f"ENVD_{field.upper()}"
+
+
+VARIABLES = {variable(name): name for name in Settings.model_fields if name != "origins"}
+
+
+def load(environ: Mapping[str, str] | None = None, env_file: Path | None = Path(".env"), **arguments: Any) -> Settings:
+    """Settings from `arguments` (None is not given), else `environ`, else `env_file`, else the defaults.
+
+    Raises SettingsError that names each variable at fault, where it was set, and the nearest valid name.
+    """
+    environ = os.environ if environ is None else environ
+    values: dict[str, Any] = {}
+    origins = dict.fromkeys(VARIABLES.values(), "default")
+    complaints: list[str] = []
+    for origin, source in _sources(environ, env_file):
+        for name, raw in source.items():
+            field = VARIABLES.get(name)
+            if field is not None and raw.strip():
+                values[field], origins[field] = raw, origin
+            elif field is None and name.startswith("ENVD_"):
+                complaints.append(f"{name} ({origin}): no such setting{_did_you_mean(name)}")
+    for field, value in arguments.items():
+        if value is not None:
+            values[field], origins[field] = value, "argument"
+    values.setdefault("state_dir", default_state_dir(environ))
+    try:
+        settings = Settings(**values, origins=origins)
+    except ValidationError as error:
+        for item in error.errors():
+            field = str(item["loc"][0]) if item["loc"] else ""
+            name = field if field in VARIABLES else variable(field) if field in Settings.model_fields else "settings"
+            source_name = origins.get(VARIABLES.get(name, ""), "settings")
+            complaints.append(f"{name}={item['input']!s:.80} ({source_name}): {_plain(item['msg'])}")
+    if complaints:
+        raise SettingsError(f"{len(complaints)} setting(s) cannot be used: " + "; ".join(complaints) + ".")
+    return settings
+
+
+def effective(settings: Settings) -> dict[str, dict[str, Any]]:
+    """Each variable with its value and origin, as printed at start and served at `/version`."""
+    dump = settings.model_dump(mode="json")
+    return {
+        name: {"value": dump[field], "origin": settings.origins.get(field, "argument")}
+        for name, field in VARIABLES.items()
+    }
+
+
+def _sources(environ: Mapping[str, str], env_file: Path | None) -> list[tuple[str, dict[str, str]]]:
+    sources: list[tuple[str, dict[str, str]]] = []
+    if env_file is not None and env_file.is_file():
+        parsed = dotenv_values(env_file, interpolate=False)
+        sources.append((str(env_file), {name: value for name, value in parsed.items() if value is not None}))
+    sources.append(("environment", dict(environ)))
+    return sources
+
+
+def _did_you_mean(name: str) -> str:
+    near = difflib.get_close_matches(name, VARIABLES, n=1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def _plain(message: str) -> str:
+    return message.removeprefix("Value error, ").rstrip(".")
