@@ -7,7 +7,7 @@ are seconds and were measured on the monotonic clock.
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
@@ -255,8 +255,27 @@ class StepRequest(BaseModel):
     include_screenshot: bool = True
 
 
-class Health(Model):
-    status: Literal["ok"] = "ok"
+class Event(Model):
+    """One thing that happened. `id` is "<epoch>-<sequence>": the epoch is new when the sequence starts again.
+
+    Kinds: state, position, phase, probe, progress, log, note, desktop, step, episode; and, on streams only,
+    snapshot, gap and server-shutdown. An event about a job carries the whole job as it then was, so a watcher
+    replaces what it has.
+    """
+
+    id: str
+    kind: str
+    at: float
+    job_id: str | None = None
+    env: int | None = None
+    desktop_id: str | None = None
+    job: Job | None = None
+    data: dict[str, Any] = {}
+
+    @property
+    def terminal(self) -> bool:
+        """Whether this is the last event of its job."""
+        return self.kind == "state" and self.job is not None and self.job.state.terminal
 
 
 Env.model_rebuild()
