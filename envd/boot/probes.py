@@ -1,0 +1,159 @@
+"""Readiness: is a desktop usable? Two probes, tried concurrently from the moment its instance exists.
+
+`screenshot`   the guest port gives a picture that decodes, has the expected size and is not one flat colour
+`chrome_cdp`   Chrome answers `/json/version` and lists a page
+
+A try is judged ok, fail (answered, and the answer was not good) or unknown (nothing to judge). A probe passes after
+`NEEDED` successes in a row, since a guest that comes up answers 200, then 500, then 200 for a while (feasibility.md).
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import anyio
+from PIL import Image
+
+from ..errors import EnvdError, GuestMisbehaved, GuestUnreachable
+from ..guest import Cdp, Guest
+from ..models import Probe, ProbeResult
+
+NEEDED = 2
+SLOWEST_INTERVAL = 2.0
+TRY_TIMEOUT = 15.0
+"""Seconds. One screenshot inside an emulated guest was measured at 2–4 s."""
+
+CHROME = ["google-chrome", "--remote-debugging-port=1337"]
+BRIDGE = ["socat", "tcp-listen:9222,fork", "tcp:localhost:1337"]
+"""What OSWorld's own tasks launch: Chrome on the loopback of the guest, and a bridge to the port that is published."""
+
+Judge = Callable[[], Awaitable[tuple[ProbeResult, str]]]
+
+
+class Watcher(Protocol):
+    """Told of what the probes find."""
+
+    def probed(self, probe: Probe) -> None: ...
+
+    def note(self, message: str) -> None: ...
+
+
+@dataclass
+class Readiness:
+    """Both probes of one desktop. `wait` returns when both have passed; deadline and death are the caller's to race."""
+
+    guest: Guest
+    cdp: Cdp
+    screen: tuple[int, int]
+    interval: float
+    chrome_grace: float
+    watcher: Watcher
+    probes: dict[str, Probe] = field(default_factory=dict)
+    _started: float = field(default_factory=time.monotonic)
+    _answered: anyio.Event = field(default_factory=anyio.Event)
+
+    def __post_init__(self) -> None:
+        self.probes = {name: Probe(name=name) for name in ("screenshot", "chrome_cdp")}
+
+    async def wait(self) -> None:
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(self._start_chrome_if_absent)
+            async with anyio.create_task_group() as probes:
+                probes.start_soon(self._probe, "screenshot", self._judge_screenshot)
+                probes.start_soon(self._probe, "chrome_cdp", self._judge_cdp)
+            tasks.cancel_scope.cancel()
+
+    async def _probe(self, name: str, judge: Judge) -> None:
+        """Try until `NEEDED` tries in a row were ok. Never two tries at once; a try that hangs is cut off."""
+        in_a_row = 0
+        while in_a_row < NEEDED:
+            result, detail = await self._one_try(judge)
+            in_a_row = in_a_row + 1 if result is ProbeResult.OK else 0
+            passed = in_a_row >= NEEDED
+            now = Probe(
+                name=name,
+                result=result,
+                passed=passed,
+                detail=detail,
+                attempts=self.probes[name].attempts + 1,
+                seconds=round(time.monotonic() - self._started, 3) if passed else None,
+            )
+            self.probes[name] = now
+            self.watcher.probed(now)
+            if not passed:
+                await anyio.sleep(self._pause(after_success=in_a_row > 0))
+
+    async def _one_try(self, judge: Judge) -> tuple[ProbeResult, str]:
+        try:
+            with anyio.fail_after(TRY_TIMEOUT):
+                return await judge()
+        except TimeoutError:
+            return ProbeResult.UNKNOWN, f"no answer within {TRY_TIMEOUT:g} s"
+        except GuestUnreachable as error:
+            return ProbeResult.UNKNOWN, error.detail
+        except EnvdError as error:
+            return ProbeResult.FAIL, error.detail
+        except Exception as error:  # noqa: BLE001 - a mistake of ours or of a library must not end the boot
+            return ProbeResult.UNKNOWN, f"the probe itself failed: {type(error).__name__}: {error}"
+
+    def _pause(self, *, after_success: bool) -> float:
+        """Grows with the time waited, so that at most a twentieth of a boot is lost to sleeping; jittered by half."""
+        waited = time.monotonic() - self._started
+        pause = self.interval if after_success else min(SLOWEST_INTERVAL, max(self.interval, waited / 20))
+        return pause * random.uniform(0.5, 1.5)
+
+    async def _judge_screenshot(self) -> tuple[ProbeResult, str]:
+        try:
+            picture = await self.guest.screenshot(timeout=TRY_TIMEOUT)
+        except GuestMisbehaved:
+            self._answered.set()
+            raise
+        self._answered.set()
+        return await anyio.to_thread.run_sync(judge_picture, picture, self.screen)
+
+    async def _judge_cdp(self) -> tuple[ProbeResult, str]:
+        version = await self.cdp.version()
+        pages = await self.cdp.pages()
+        if not pages:
+            return ProbeResult.FAIL, f"{version['Browser']} answers but shows no page"
+        return ProbeResult.OK, f"{version['Browser']}, {len(pages)} page(s)"
+
+    async def _start_chrome_if_absent(self) -> None:
+        """Published OSWorld images boot without Chrome (their tasks start it), so a silent CDP port is no failure
+        yet."""
+        await self._answered.wait()
+        await anyio.sleep(self.chrome_grace)
+        for attempt in (1, 2, 3):
+            if self.probes["chrome_cdp"].result is ProbeResult.OK:
+                return
+            self.watcher.note(
+                f"The guest answers but Chrome's CDP does not after {self.chrome_grace:g} s: "
+                f"starting Chrome and the socat bridge in the guest (attempt {attempt})."
+            )
+            try:
+                await self.guest.launch(CHROME)
+                await self.guest.launch(BRIDGE)
+            except EnvdError as error:
+                self.watcher.note(f"The guest did not start them: {error.detail}")
+                await anyio.sleep(max(self.chrome_grace, 1))
+            else:
+                return
+
+
+def judge_picture(picture: bytes, screen: tuple[int, int]) -> tuple[ProbeResult, str]:
+    """Whether `picture` shows a usable desktop of `screen` (width, height) pixels. Blocks: call it in a thread."""
+    try:
+        with Image.open(io.BytesIO(picture), formats=("PNG", "JPEG")) as image:
+            if image.size != screen:
+                return ProbeResult.FAIL, f"the screen is {image.width}x{image.height}, not {screen[0]}x{screen[1]}"
+            extrema = image.convert("RGB").getextrema()
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        return ProbeResult.FAIL, f"{len(picture)} bytes that do not decode: {error}"
+    if all(low == high for low, high in extrema):  # type: ignore[misc]  # RGB: one (low, high) a band
+        return ProbeResult.FAIL, "the screen is one flat colour"
+    return ProbeResult.OK, f"{screen[0]}x{screen[1]}, {len(picture)} bytes"
