@@ -1,0 +1,29 @@
+"""The `sim` driver: desktops inside this process that speak the guest's two ports for real.
+
+For tests, demos and benchmarks. A desktop draws a simple picture, follows pyautogui programs, and is fast unless the
+setting `ENVD_SIM` or the test that made it says otherwise.
+
+behaviour.py  how a desktop is told to behave     driver.py   the driver and its journal
+desktop.py    one desktop and its life            ports.py    a port that opens and shuts
+guest.py      the guest port                      cdp.py      the CDP port
+gui.py        state, and the programs that change it   picture.py  what it looks like   answers.py  bad answers
+"""
+
+from .behaviour import BAD, FOREVER, PRESETS, Bad, Behaviour
+from .desktop import Desktop
+from .driver import Entry, SimDriver, boots_in_flight_max
+from .gui import Click, Gui
+
+__all__ = [
+    "BAD",
+    "FOREVER",
+    "PRESETS",
+    "Bad",
+    "Behaviour",
+    "Click",
+    "Desktop",
+    "Entry",
+    "Gui",
+    "SimDriver",
+    "boots_in_flight_max",
+]
