@@ -84,6 +84,10 @@ class EventLog:
         oldest = self._sequence - len(self._ring)
         return after < oldest
 
+    def recent(self) -> tuple[Event, ...]:
+        """The events in the ring, oldest first."""
+        return tuple(self._ring)
+
     async def follow(self, after: int, idle: float | None = None) -> AsyncIterator[list[Event] | None]:
         """Batches of the events after sequence number `after`, as they come; None after `idle` seconds of silence.
 

@@ -7,6 +7,7 @@ are seconds and were measured on the monotonic clock.
 from __future__ import annotations
 
 from enum import StrEnum
+from functools import cached_property
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints
@@ -276,6 +277,11 @@ class Event(Model):
     def terminal(self) -> bool:
         """Whether this is the last event of its job."""
         return self.kind == "state" and self.job is not None and self.job.state.terminal
+
+    @cached_property
+    def encoded(self) -> bytes:
+        """Its JSON, made once for all who are sent it."""
+        return self.model_dump_json().encode()
 
 
 Env.model_rebuild()

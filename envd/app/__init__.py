@@ -1,0 +1,22 @@
+"""The HTTP face: knows requests, knows no provider. `create_app` puts the routes together."""
+
+from __future__ import annotations
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+
+from ..service import Service
+from . import docs, legacy, v1
+from .problems import Boundary, exception_handlers
+
+
+def create_app(service: Service) -> Starlette:
+    """The ASGI application over a running service."""
+    app = Starlette(
+        routes=[*legacy.routes, *v1.routes, *docs.routes],
+        middleware=[Middleware(Boundary)],
+        exception_handlers=exception_handlers,
+    )
+    app.router.redirect_slashes = False
+    app.state.service = service
+    return app

@@ -1,0 +1,93 @@
+"""Reading requests: JSON bodies within the limit, models, and query parameters, each refused by one clear error."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import ClientDisconnect, Request
+
+from ..errors import BodyTooLarge, InvalidRequest, MalformedJson, UnknownEnv
+from ..service import Service
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def service_of(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+async def read_json(request: Request) -> Any:
+    """The body as JSON; None when there is none. Raises BodyTooLarge and MalformedJson."""
+    raw = await _read(request, service_of(request).settings.body_limit)
+    if not raw.strip():
+        return None
+    try:
+        return json.loads(raw, parse_constant=_no_constants)
+    except (ValueError, RecursionError) as error:
+        raise MalformedJson(
+            f"The body is not JSON: {error}.", hint="Send an object, as Content-Type: application/json."
+        ) from error
+
+
+async def read_model(request: Request, model: type[M]) -> M:
+    """The body as `model`; an absent body is an empty object. Raises InvalidRequest that names each field at fault."""
+    body = await read_json(request)
+    try:
+        return model.model_validate({} if body is None else body)
+    except ValidationError as error:
+        raise invalid(error) from error
+
+
+def invalid(error: ValidationError) -> InvalidRequest:
+    errors = [
+        {"field": ".".join(str(part) for part in item["loc"]) or "body", "message": item["msg"]}
+        for item in error.errors(include_url=False, include_context=False, include_input=False)
+    ]
+    summary = "; ".join(f"{item['field']}: {item['message']}" for item in errors[:5])
+    return InvalidRequest(f"The body cannot be used: {summary}.", errors=errors)
+
+
+def env_of(request: Request) -> int:
+    """The env in the path. Raises UnknownEnv."""
+    given = request.path_params["env"]
+    if not given.isascii() or not given.isdecimal() or len(given) > 6:
+        raise UnknownEnv(f"{given!r} is no env; envs are numbered from 0.", env=given)
+    return int(given)
+
+
+def number_in_query(request: Request, name: str, default: float, largest: float) -> float:
+    """A number from 0 to `largest` (larger ones are cut). Raises InvalidRequest."""
+    given = request.query_params.get(name)
+    if given is None:
+        return default
+    try:
+        value = float(given)
+    except ValueError:
+        value = -1.0
+    if not value >= 0:
+        message = f"must be a number that is not negative, and is {given!r}"
+        raise InvalidRequest(f"{name}: {message}.", errors=[{"field": name, "message": message}])
+    return min(value, largest)
+
+
+async def _read(request: Request, limit: int) -> bytes:
+    parts: list[bytes] = []
+    size = 0
+    try:
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limit:
+                raise BodyTooLarge(
+                    f"The body is larger than {limit} bytes.", hint="Raise ENVD_BODY_LIMIT if it must be.", limit=limit
+                )
+            parts.append(chunk)
+    except ClientDisconnect as error:
+        raise MalformedJson("The client went away before its body was complete.") from error
+    return b"".join(parts)
+
+
+def _no_constants(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")

@@ -1,0 +1,169 @@
+"""`/openapi.json`, and `/docs`: an offline page over it. The document is put together from the models and the
+routes' docstrings; a test compares its paths to the routes."""
+
+from __future__ import annotations
+
+import html
+import json
+from functools import cache
+from typing import Any
+
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, JSONResponse, Response
+from starlette.routing import BaseRoute, Route
+
+from .. import __version__
+from ..errors import Problem
+from ..models import Env, Event, Job, ResetRequest, StepRequest, StepResult
+from . import legacy, v1
+from .sse import EventStream
+
+MODELS: tuple[type[BaseModel], ...] = (
+    Env,
+    Event,
+    Job,
+    Problem,
+    ResetRequest,
+    StepRequest,
+    StepResult,
+    legacy.LegacyReset,
+    legacy.LegacyStep,
+    legacy.Slot,
+)
+BODIES: dict[str, type[BaseModel]] = {
+    "/v1/envs/{env}/reset": ResetRequest,
+    "/v1/envs/{env}/step": StepRequest,
+    "/env/reset": legacy.LegacyReset,
+    "/env/step": legacy.LegacyStep,
+    "/env/evaluate": legacy.Slot,
+    "/env/history_messages": legacy.Slot,
+}
+ANSWERS: dict[str, tuple[int, type[BaseModel]]] = {
+    "/v1/envs/{env}": (200, Env),
+    "/v1/envs/{env}/reset": (202, Job),
+    "/v1/envs/{env}/step": (200, StepResult),
+    "/v1/jobs/{job}": (200, Job),
+    "/v1/jobs/{job}/cancel": (202, Job),
+    "/v1/prewarm": (202, Job),
+}
+QUERIES: dict[str, tuple[tuple[str, str], ...]] = {
+    "/v1/jobs/{job}": (("after", "integer"), ("wait", "number")),
+    "/v1/jobs": (("env", "integer"), ("state", "string")),
+    "/v1/jobs/{job}/events": (("last_event_id", "string"),),
+    "/v1/events": (("last_event_id", "string"),),
+    "/env/history_messages": (("slot_id", "integer"),),
+}
+
+
+@cache
+def openapi_document() -> dict[str, Any]:
+    _, definitions = models_json_schema(
+        [(model, "validation") for model in MODELS], ref_template="#/components/schemas/{model}"
+    )
+    paths: dict[str, dict[str, Any]] = {}
+    for route in (*legacy.routes, *v1.routes, *routes):
+        assert isinstance(route, Route)
+        methods = {"GET"} if isinstance(route.endpoint, EventStream) else (route.methods or set()) - {"HEAD"}
+        paths[route.path] = {method.lower(): _operation(route, method) for method in sorted(methods)}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "envd", "version": __version__, "description": "Desktops for agent trainers."},
+        "paths": paths,
+        "components": {"schemas": definitions["$defs"]},
+    }
+
+
+def _operation(route: Route, method: str) -> dict[str, Any]:
+    path = route.path
+    stream = isinstance(route.endpoint, EventStream)
+    summary = "Server-sent events: a snapshot, then each change." if stream else (route.endpoint.__doc__ or "").strip()
+    operation: dict[str, Any] = {"summary": " ".join(summary.split()), "parameters": _parameters(path, method)}
+    if method == "POST" and path in BODIES:
+        operation["requestBody"] = {"content": {"application/json": {"schema": _ref(BODIES[path])}}}
+    status, model = ANSWERS.get(path, (200, None))
+    if stream:
+        content: dict[str, Any] = {"text/event-stream": {}}
+    elif path.endswith("/screenshot"):
+        content = {"image/png": {}}
+    elif path == "/docs":
+        content = {"text/html": {}}
+    else:
+        content = {"application/json": {"schema": _ref(model)} if model else {}}
+    operation["responses"] = {
+        str(status): {"description": "as the summary says", "content": content},
+        "default": {"description": "a problem", "content": {"application/problem+json": {"schema": _ref(Problem)}}},
+    }
+    return operation
+
+
+def _parameters(path: str, method: str) -> list[dict[str, Any]]:
+    in_path = [
+        {"name": name, "in": "path", "required": True, "schema": {"type": kind}}
+        for name, kind in (("env", "integer"), ("job", "string"))
+        if f"{{{name}}}" in path
+    ]
+    queries = QUERIES.get(path, ()) if method == "GET" else ()
+    return [*in_path, *({"name": name, "in": "query", "schema": {"type": kind}} for name, kind in queries)]
+
+
+def _ref(model: type[BaseModel]) -> dict[str, str]:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+
+async def openapi(request: Request) -> Response:
+    """This API as an OpenAPI 3.1 document."""
+    return JSONResponse(openapi_document())
+
+
+async def page(request: Request) -> Response:
+    """This API as a page, made on the server; it loads nothing."""
+    return HTMLResponse(_page())
+
+
+@cache
+def _page() -> str:
+    document = openapi_document()
+    sections = [
+        _section(path, method, operation)
+        for path, item in document["paths"].items()
+        for method, operation in item.items()
+    ]
+    schemas = [
+        f"<details id='{html.escape(name)}'><summary><code>{html.escape(name)}</code></summary>"
+        f"<pre>{html.escape(json.dumps(schema, indent=2))}</pre></details>"
+        for name, schema in sorted(document["components"]["schemas"].items())
+    ]
+    return _TEMPLATE.format(version=__version__, routes="".join(sections), schemas="".join(schemas))
+
+
+def _section(path: str, method: str, operation: dict[str, Any]) -> str:
+    facts = [f"<code>{html.escape(p['name'])}</code> in the {p['in']}" for p in operation["parameters"]]
+    for where, holder in (
+        ("body", operation.get("requestBody")),
+        ("answer", next(iter(operation["responses"].values()))),
+    ):
+        for media, content in (holder or {}).get("content", {}).items():
+            name = content.get("schema", {}).get("$ref", "").rpartition("/")[2]
+            facts.append(f"{where}: {f'<a href=#{name}>{name}</a>' if name else html.escape(media)}")
+    return (
+        f"<section><h3><b>{method.upper()}</b> <code>{html.escape(path)}</code></h3>"
+        f"<p>{html.escape(operation['summary'])}</p><p class=facts>{' · '.join(facts)}</p></section>"
+    )
+
+
+_TEMPLATE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>envd {version} API</title><style>
+:root {{ color-scheme: light dark; }}
+body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 54rem; margin: 2rem auto; padding: 0 1rem; }}
+h3 {{ margin: 0; font-weight: normal; }} h3 b {{ display: inline-block; min-width: 3.5rem; }}
+section {{ border-top: 1px solid #8886; padding: .8rem 0; }} section p {{ margin: .3rem 0 0; }}
+.facts {{ opacity: .75; font-size: .9rem; }} pre {{ overflow: auto; font-size: .85rem; }}
+</style></head><body><h1>envd {version}</h1>
+<p>As a document: <a href="/openapi.json">/openapi.json</a>. Errors are <code>application/problem+json</code>.</p>
+<h2>Routes</h2>{routes}<h2>Schemas</h2>{schemas}</body></html>
+"""
+
+routes: list[BaseRoute] = [Route("/openapi.json", openapi), Route("/docs", page)]

@@ -1,0 +1,194 @@
+"""The wire of existing trainers: `/env/reset`, `/env/step`, `/env/evaluate`, `/env/history_messages`, `/health`.
+
+Three dialects are spoken by clients in the field (osworld-facts 1.10 calls them A, B and C); these routes satisfy
+all three at once. What differs from the old servers: a failure is never a 200 with nulls and never a number, but
+`application/problem+json`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import anyio
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from ..actions.dialogue import Dialogue
+from ..boot.queue import Reset
+from ..errors import (
+    Draining,
+    EpisodeOver,
+    InfraError,
+    InvalidRequest,
+    JobCancelled,
+    JobSuperseded,
+    StillBooting,
+    from_problem,
+)
+from ..models import EnvState, Job, JobState, StepRequest
+from ..service import Service
+from .bodies import number_in_query, read_model, service_of
+
+KVM_DEVICE = "/dev/kvm" if Path("/dev/kvm").exists() else None
+
+
+class Slot(BaseModel):
+    """Unknown fields are ignored: trainers send more than servers read."""
+
+    model_config = ConfigDict(extra="ignore")
+    slot_id: int = Field(default=0, ge=0)
+
+
+class LegacyReset(Slot):
+    task_config: dict[str, Any]
+
+
+class LegacyStep(Slot):
+    prediction: str
+
+
+def shape(env: int, messages: bytes | None, *, done: bool, format_reward: float) -> Response:
+    """The one answer of reset and step. `messages` is a JSON array, already encoded."""
+    body = b'{"env_idx": %d, "obs_messages": %b, "is_done": %b, "format_reward": %b}' % (
+        env,
+        messages or b"null",
+        b"true" if done else b"false",
+        repr(format_reward).encode(),
+    )
+    return Response(body, media_type="application/json")
+
+
+async def reset(request: Request) -> Response:
+    """Reset and wait for the observation. The job behind it goes on when the caller leaves or the wait runs out."""
+    asked = await read_model(request, LegacyReset)
+    service = service_of(request)
+    job = await service.reset(asked.slot_id, Reset(task=asked.task_config))
+    job = await _ended(service, job)
+    if job.state is not JobState.SUCCEEDED:
+        raise _failure(job)
+    env = service.env(asked.slot_id)
+    dialogue = service.envs.dialogue(asked.slot_id)
+    if dialogue is None or env.episode is None or env.episode.id != job.episode_id:
+        raise JobSuperseded(
+            f"Another reset of env {asked.slot_id} followed before this answer was sent.", job=_shown(job)
+        )
+    return shape(asked.slot_id, dialogue.wire_json(), done=False, format_reward=0.0)
+
+
+async def _ended(service: Service, job: Job) -> Job:
+    """The job once it has ended. Raises StillBooting when the wait runs out, Draining when the daemon stops first."""
+    with anyio.move_on_after(service.settings.legacy_wait):
+        async with anyio.create_task_group() as race:
+
+            async def wake_at_shutdown() -> None:
+                await service.draining.wait()
+                race.cancel_scope.cancel()
+
+            race.start_soon(wake_at_shutdown)
+            job = await service.queue.ended(job.id)
+            race.cancel_scope.cancel()
+    if job.state.terminal:
+        return job
+    job = service.queue.get(job.id)
+    if service.draining.is_set():
+        raise Draining("The daemon is shutting down; the reset is cancelled.", retry_after=10, job=_shown(job))
+    raise StillBooting(
+        f"{job.id} is {job.state} (phase {job.phase}) after {service.settings.legacy_wait:.0f} s; it goes on.",
+        hint=f"Send the same reset again to wait on, or follow {job.links['events']}.",
+        retry_after=job.eta_s or 30,
+        eta_s=job.eta_s,
+        job=_shown(job),
+    )
+
+
+def _failure(job: Job) -> Exception:
+    if job.error is not None:
+        error = from_problem(job.error)
+        error.retry_after = error.retry_after or (5.0 if error.retryable else None)
+        error.facts = {**error.facts, "job": _shown(job)}
+        return error
+    if job.state is JobState.CANCELLED:
+        return JobCancelled(f"{job.id} was cancelled.", job=_shown(job))
+    if job.state is JobState.SUPERSEDED:
+        return JobSuperseded(f"A newer reset of env {job.env} took the place of {job.id}.", job=_shown(job))
+    return InfraError(f"{job.id} ended {job.state}.", job=_shown(job))
+
+
+def _shown(job: Job) -> dict[str, Any]:
+    return job.model_dump(mode="json", exclude={"error"}) | {"links": job.links}
+
+
+async def step(request: Request) -> Response:
+    """Run a prediction. After the episode's end nothing runs any more, and the answer is done again."""
+    asked = await read_model(request, LegacyStep)
+    service = service_of(request)
+    try:
+        result = await service.step(asked.slot_id, StepRequest(prediction=asked.prediction, include_screenshot=False))
+    except EpisodeOver:
+        return shape(asked.slot_id, None, done=True, format_reward=0.0)
+    dialogue = service.envs.dialogue(asked.slot_id)
+    messages = None if result.done or dialogue is None else dialogue.wire_json()
+    return shape(asked.slot_id, messages, done=result.done, format_reward=result.format_reward)
+
+
+async def evaluate(request: Request) -> Response:
+    """A bare number or a problem; never a number for a failure."""
+    asked = await read_model(request, Slot)
+    service_of(request).envs.evaluate(asked.slot_id)
+    raise AssertionError("unreachable")
+
+
+async def history(request: Request) -> Response:
+    """POST: as A and B; GET with `slot_id` in the query: as C, the list under its three names."""
+    slot_id = (await read_model(request, Slot)).slot_id if request.method == "POST" else _slot_in_query(request)
+    service = service_of(request)
+    service.envs.env(slot_id)
+    dialogue: Dialogue | None = service.envs.dialogue(slot_id)
+    messages = dialogue.wire_json() if dialogue else b"[]"
+    names = (b"history_messages",) if request.method == "POST" else (b"history_messages", b"messages", b"history")
+    body = b", ".join(b'"%b": %b' % (name, messages) for name in names)
+    return Response(b"{" + body + b"}", media_type="application/json")
+
+
+def _slot_in_query(request: Request) -> int:
+    slot = number_in_query(request, "slot_id", 0, 10**6)
+    if slot != int(slot):
+        raise InvalidRequest(
+            "slot_id: must be a whole number.", errors=[{"field": "slot_id", "message": "must be whole"}]
+        )
+    return int(slot)
+
+
+async def health(request: Request) -> Response:
+    """The fields of A, B and C. `status` says that the daemon answers; `/readyz` says whether a reset can be served."""
+    service = service_of(request)
+    envs = service.all_envs()
+    statuses = {str(env.id): "initialized" if env.state is EnvState.PLAYING else "not_initialized" for env in envs}
+    reasons = service.not_ready()
+    return JSONResponse(
+        {
+            "status": "ok",
+            "provider": service.driver.name,
+            "observation_type": "screenshot",
+            "screenshot_source": "guest",
+            # A device that opens is not yet KVM that works; no driver of this version uses it.
+            "kvm_available": False,
+            "kvm_device": KVM_DEVICE,
+            "env_status": statuses["0"],
+            "message": "; ".join(reasons) or "ready",
+            "pool_size": len(envs),
+            "slot_statuses": statuses,
+        }
+    )
+
+
+routes = [
+    Route("/env/reset", reset, methods=["POST"]),
+    Route("/env/step", step, methods=["POST"]),
+    Route("/env/evaluate", evaluate, methods=["POST"]),
+    Route("/env/history_messages", history, methods=["GET", "POST"]),
+    Route("/health", health),
+]

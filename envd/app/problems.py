@@ -1,0 +1,106 @@
+"""The edge of every request: its id, its log line, and errors as `application/problem+json`. No traceback crosses
+the wire."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+import secrets
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import structlog
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, ExceptionHandler, Message, Receive, Scope, Send
+
+from ..errors import EnvdError, InternalError, MethodNotAllowed, NotFound, RequestError
+
+logger = structlog.get_logger(__name__)
+
+QUIET_PATHS = frozenset({"/livez", "/readyz", "/health"})
+
+
+def problem_response(error: EnvdError, instance: str, headers: Mapping[str, str] | None = None) -> Response:
+    problem = error.problem(instance)
+    sent = dict(headers or {})
+    if error.retry_after is not None:
+        # Spread by up to a quarter, so that clients which were refused together do not return together.
+        sent["Retry-After"] = str(math.ceil(error.retry_after * random.uniform(1, 1.25)))
+    return Response(
+        problem.model_dump_json(exclude_none=True), problem.status, sent, media_type="application/problem+json"
+    )
+
+
+class Boundary:
+    """Outermost: gives each request an id, logs it once when it is answered, and turns what nobody caught into a
+    500."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.monotonic()
+        request_id = _request_id(Headers(scope=scope).get("x-request-id", ""))
+        status: int | None = None
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        with structlog.contextvars.bound_contextvars(request_id=request_id):
+            try:
+                await self._app(scope, receive, send_with_id)
+            except Exception as error:
+                logger.exception("a request broke", method=scope["method"], path=scope["path"])
+                if status is not None:
+                    raise
+                mistake = InternalError(
+                    f"The daemon made a mistake: {type(error).__name__}.",
+                    hint=f"Its log has the traceback under request id {request_id}.",
+                )
+                await problem_response(mistake, scope["path"])(scope, receive, send_with_id)
+            finally:
+                write = logger.debug if scope["path"] in QUIET_PATHS else logger.info
+                seconds = round(time.monotonic() - began, 4)
+                write("request", method=scope["method"], path=scope["path"], status=status, seconds=seconds)
+
+
+def _request_id(given: str) -> str:
+    return given if re.fullmatch(r"[\w.:-]{1,64}", given) else secrets.token_hex(8)
+
+
+async def _envd_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, EnvdError)
+    return problem_response(error, request.url.path)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Starlette's own 404 and 405."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path
+    translated: EnvdError
+    if error.status_code == 404:
+        translated = NotFound(f"There is nothing at {path}.", hint="GET /docs lists what there is.")
+    elif error.status_code == 405:
+        translated = MethodNotAllowed(f"{path} does not take {request.method}.", hint=_allowed(error.headers))
+    else:
+        translated = RequestError(str(error.detail))
+    return problem_response(translated, path, error.headers)
+
+
+def _allowed(headers: Mapping[str, str] | None) -> str:
+    return f"It takes {headers['Allow']}." if headers and "Allow" in headers else ""
+
+
+exception_handlers: dict[Any, ExceptionHandler] = {EnvdError: _envd_error, HTTPException: _http_error}

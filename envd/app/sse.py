@@ -1,0 +1,184 @@
+"""Server-sent events: `/v1/events` for everything, `/v1/jobs/{job}/events` for one job.
+
+First `retry:` and a snapshot, so that nobody needs a second GET; then what the caller missed, if it says where it
+was; then events as they come. A comment breaks the silence. The stream of a job ends with its terminal event, and
+asking again after that gives 204, which tells an EventSource to stop. When the daemon ends, so does every stream,
+with `server-shutdown`.
+
+Plain ASGI, since a stream then costs one task and no copies: the publisher never waits for a reader, a reader that
+does not read is cut off, and HTTP/2 is refused because hypercorn has no backpressure there (traps.md, finding 2).
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from typing import Any
+
+import anyio
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from ..errors import EnvdError, HttpVersionUnsupported, TooManyWatchers
+from ..events import EventLog
+from ..models import Event, Job
+from ..service import Service
+from .problems import problem_response
+
+RETRY_MS = 1000
+SEND_LIMIT = 30.0
+"""Seconds that a reader may leave a message unread before it is cut off."""
+
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class EventStream:
+    """The ASGI endpoint of both routes; which one it is, the path parameters say."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
+        service: Service = scope["app"].state.service
+        try:
+            stream = _open(request, service)
+        except EnvdError as error:
+            await problem_response(error, scope["path"])(scope, receive, send)
+            return
+        if stream is None:
+            await Response(status_code=204)(scope, receive, send)
+        elif scope["method"] == "HEAD":
+            await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+            await send({"type": "http.response.body", "body": b""})
+        else:
+            async with _counted(service):
+                await stream.play(receive, send)
+
+
+class _Stream:
+    def __init__(self, service: Service, job: Job | None, after: int | None, asked: bool) -> None:
+        self._service = service
+        self._events: EventLog = service.events
+        self._job = job
+        self._asked = asked
+        self._after = after
+
+    async def play(self, receive: Receive, send: Send) -> None:
+        """Send until the end of the job, of the daemon, or of the reader's patience."""
+        resumed = self._after is not None and not self._events.missed(self._after)
+        headers = [*HEADERS, (b"last-event-id", self._before(resumed).encode())]
+        await send({"type": "http.response.start", "status": 200, "headers": headers})
+        async with anyio.create_task_group() as tasks:
+
+            async def watch_for_hangup() -> None:
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                tasks.cancel_scope.cancel()
+
+            tasks.start_soon(watch_for_hangup)
+            try:
+                async with aclosing(self._pieces(resumed)) as pieces:
+                    async for piece in pieces:
+                        with anyio.fail_after(SEND_LIMIT):
+                            await send({"type": "http.response.body", "body": piece, "more_body": True})
+            except TimeoutError:
+                pass
+            tasks.cancel_scope.cancel()
+        with anyio.move_on_after(1):
+            await send({"type": "http.response.body", "body": b""})
+
+    def _before(self, resumed: bool) -> str:
+        """The event before the first one sent, so that the caller can tell whether it lost any."""
+        return f"{self._events.epoch}-{self._after}" if resumed else self._events.last_id
+
+    async def _pieces(self, resumed: bool) -> AsyncGenerator[bytes, None]:
+        after = (
+            self._after if resumed and self._after is not None else self._events.sequence_of(self._events.last_id) or 0
+        )
+        yield f"retry: {RETRY_MS}\n\n".encode() + self._snapshot(after)
+        if self._asked and not resumed:
+            yield _message("gap", {"kind": "gap", "data": {"message": "Events were missed; the snapshot is current."}})
+        if self._job is not None and self._job.state.terminal and not resumed:
+            yield _encode(self._terminal_event())
+            return
+        async for batch in self._events.follow(after, self._service.settings.heartbeat):
+            if batch is None:
+                yield b": still here\n\n"
+                continue
+            wanted = [event for event in batch if self._job is None or event.job_id == self._job.id]
+            if wanted:
+                yield b"".join(_encode(event) for event in wanted)
+            if self._job is not None and any(event.terminal for event in wanted):
+                return
+        retry_s = round(random.uniform(1, 5), 2)
+        yield f"retry: {int(retry_s * 1000)}\n".encode() + _message(
+            "server-shutdown", {"kind": "server-shutdown", "data": {"retry_s": retry_s}}
+        )
+
+    def _snapshot(self, after: int) -> bytes:
+        """The state now. Its id is where the events that follow begin, so a reader that drops here resumes without
+        loss."""
+        if self._job is None:
+            data = self._service.snapshot()
+        else:
+            data = {"job": self._service.queue.get(self._job.id).model_dump(mode="json")}
+        return f"id: {self._events.epoch}-{after}\n".encode() + _message("snapshot", data)
+
+    def _terminal_event(self) -> Event:
+        """For a watcher that comes after the end: the end again, under the id the log has reached."""
+        assert self._job is not None
+        return Event(
+            id=self._events.last_id,
+            kind="state",
+            at=self._job.ended_at or 0.0,
+            job_id=self._job.id,
+            env=self._job.env,
+            job=self._job,
+        )
+
+
+def _open(request: Request, service: Service) -> _Stream | None:
+    """The stream that was asked for; None when its reader has seen the end already. Raises EnvdError."""
+    if request.scope["http_version"] not in ("1.0", "1.1"):
+        raise HttpVersionUnsupported("Event streams are served over HTTP/1.1 only.", hint="Let your proxy speak 1.1.")
+    service.refuse_when_draining()
+    if service.streams >= service.settings.max_streams:
+        raise TooManyWatchers(
+            f"{service.streams} event streams are open, the limit is ENVD_MAX_STREAMS.", retry_after=10
+        )
+    asked = request.headers.get("last-event-id") or request.query_params.get("last_event_id")
+    after = service.events.sequence_of(asked)
+    job_id = request.path_params.get("job")
+    job = service.queue.get(job_id) if job_id is not None else None
+    if job is not None and job.state.terminal and _has_seen_end(service.events, job, after):
+        return None
+    return _Stream(service, job, after, asked is not None)
+
+
+def _has_seen_end(events: EventLog, job: Job, after: int | None) -> bool:
+    if after is None or events.missed(after):
+        return False
+    ends = (events.sequence_of(event.id) or 0 for event in events.recent() if event.job_id == job.id and event.terminal)
+    return after >= next(ends, 0)
+
+
+@asynccontextmanager
+async def _counted(service: Service) -> AsyncIterator[None]:
+    service.streams += 1
+    try:
+        yield
+    finally:
+        service.streams -= 1
+
+
+def _encode(event: Event) -> bytes:
+    return b"id: %b\nevent: %b\ndata: %b\n\n" % (event.id.encode(), event.kind.encode(), event.encoded)
+
+
+def _message(kind: str, data: dict[str, Any]) -> bytes:
+    return f"event: {kind}\ndata: {json.dumps(data, allow_nan=False)}\n\n".encode()

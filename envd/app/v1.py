@@ -1,0 +1,187 @@
+"""The native API under /v1, and the probes of load balancers: /livez, /readyz, /version."""
+
+from __future__ import annotations
+
+import math
+
+import anyio
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from .. import __version__
+from ..boot.queue import Reset
+from ..errors import Draining, InvalidRequest
+from ..models import Job, JobState, ResetRequest, StepRequest
+from ..settings import effective
+from .bodies import env_of, number_in_query, read_json, read_model, service_of
+from .sse import EventStream
+
+LONGEST_POLL = 60.0
+"""Seconds; below the idle limits of proxies."""
+
+
+def job_json(job: Job, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    body = job.model_dump(mode="json") | {"links": job.links}
+    return JSONResponse(body, status, {"ETag": f'"{job.version}"', "Cache-Control": "no-store", **(headers or {})})
+
+
+def accepted(job: Job) -> Response:
+    """202 with where to look, and when looking first makes sense."""
+    soon = min(30, math.ceil((job.eta_s or 0) / 4) + 1)
+    return job_json(job, 202, {"Location": job.links["self"], "Retry-After": str(soon)})
+
+
+async def reset(request: Request) -> Response:
+    """Ask for a clean desktop with a task set up on it. An identical reset joins the job that runs or waits."""
+    asked = await read_model(request, ResetRequest)
+    service = service_of(request)
+    job = await service.reset(
+        env_of(request), Reset(task=asked.task, max_steps=asked.max_steps, queue_timeout_s=asked.queue_timeout_s)
+    )
+    return accepted(service.queue.get(job.id))
+
+
+async def prewarm(request: Request) -> Response:
+    """Have a clean desktop stand by for the next reset."""
+    service = service_of(request)
+    job = await service.prewarm()
+    return accepted(service.queue.get(job.id))
+
+
+async def job(request: Request) -> Response:
+    """The job. With `after` (a version) and `wait` (seconds, at most 60): as soon as it is newer than that."""
+    service, job_id = service_of(request), request.path_params["job"]
+    found = service.queue.get(job_id)
+    wait = number_in_query(request, "wait", 0, LONGEST_POLL)
+    after = int(number_in_query(request, "after", 0, 2**53))
+    if wait and found.version <= after and not found.state.terminal:
+        async with anyio.create_task_group() as race:
+
+            async def wake_at_shutdown() -> None:
+                await service.draining.wait()
+                race.cancel_scope.cancel()
+
+            race.start_soon(wake_at_shutdown)
+            found = await service.queue.changed(job_id, after, wait)
+            race.cancel_scope.cancel()
+        if service.draining.is_set() and found.version <= after:
+            raise Draining("The daemon is shutting down.", hint="The job is cancelled with it.", retry_after=5)
+    if request.headers.get("if-none-match") == f'"{found.version}"':
+        return Response(status_code=304, headers={"ETag": f'"{found.version}"'})
+    return job_json(found)
+
+
+async def jobs(request: Request) -> Response:
+    """The jobs that are kept, newest first, of one `env` or in one `state` if given, at most 1,000."""
+    query = request.query_params
+    env, state = query.get("env"), query.get("state")
+    if state is not None and state not in list(JobState):
+        message = f"must be one of {', '.join(JobState)}"
+        raise InvalidRequest(f"state: {message}.", errors=[{"field": "state", "message": message}])
+    found = [
+        one
+        for one in reversed(tuple(service_of(request).store.jobs()))
+        if (env is None or str(one.env) == env) and (state is None or one.state == state)
+    ]
+    return JSONResponse({"jobs": [one.model_dump(mode="json") for one in found[:1000]]})
+
+
+async def cancel(request: Request) -> Response:
+    """Ask for the job's end: 202 while its desktop is being removed, 200 once it has ended."""
+    found = service_of(request).queue.cancel(request.path_params["job"])
+    return job_json(found, 200 if found.state.terminal else 202)
+
+
+async def queue(request: Request) -> Response:
+    """What boots, what waits in which order, and how much may wait."""
+    return JSONResponse(service_of(request).queue_view())
+
+
+async def envs(request: Request) -> Response:
+    """All envs with their desktops and episodes."""
+    return JSONResponse({"envs": [env.model_dump(mode="json") for env in service_of(request).all_envs()]})
+
+
+async def env(request: Request) -> Response:
+    """One env with its desktop and episode."""
+    return JSONResponse(service_of(request).env(env_of(request)).model_dump(mode="json"))
+
+
+async def step(request: Request) -> Response:
+    """Run a prediction or programs on the env's desktop, once, and look."""
+    asked = await read_model(request, StepRequest)
+    if (asked.prediction is None) == (asked.actions is None):
+        message = "give exactly one of prediction and actions"
+        raise InvalidRequest(f"{message}.", errors=[{"field": "prediction", "message": message}])
+    result = await service_of(request).step(env_of(request), asked)
+    return Response(result.model_dump_json(), media_type="application/json")
+
+
+async def screenshot(request: Request) -> Response:
+    """The screen as it is now."""
+    picture = await service_of(request).envs.screenshot(env_of(request))
+    kind = "image/png" if picture.startswith(b"\x89PNG") else "image/jpeg"
+    return Response(picture, media_type=kind, headers={"Cache-Control": "no-store"})
+
+
+async def history(request: Request) -> Response:
+    """The messages of the current episode, as models are shown them."""
+    dialogue = service_of(request).envs.dialogue(env_of(request))
+    messages = dialogue.wire_json() if dialogue else b"[]"
+    return Response(b'{"history_messages": ' + messages + b"}", media_type="application/json")
+
+
+async def evaluate(request: Request) -> Response:
+    """Judge the episode. This version has no evaluators, and says so instead of making up a number."""
+    await read_json(request)
+    service_of(request).envs.evaluate(env_of(request))
+    raise AssertionError("unreachable")
+
+
+async def livez(request: Request) -> Response:
+    """The event loop turns."""
+    return JSONResponse({"live": True})
+
+
+async def readyz(request: Request) -> Response:
+    """Whether a reset can be served now, and if not why."""
+    reasons = service_of(request).not_ready()
+    return JSONResponse({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
+
+
+async def version(request: Request) -> Response:
+    """Version, settings with their origins, and the timeouts that clients should use."""
+    service = service_of(request)
+    return JSONResponse(
+        {
+            "version": __version__,
+            "daemon_id": service.daemon_id,
+            "epoch": service.events.epoch,
+            "provider": service.driver.name,
+            "started_at": service.started_at,
+            "client_timeouts_s": {"reset": service.settings.legacy_wait + 50, "step": 300, "evaluate": 300},
+            "settings": effective(service.settings),
+        }
+    )
+
+
+routes = [
+    Route("/v1/envs", envs),
+    Route("/v1/envs/{env}", env),
+    Route("/v1/envs/{env}/reset", reset, methods=["POST"]),
+    Route("/v1/envs/{env}/step", step, methods=["POST"]),
+    Route("/v1/envs/{env}/evaluate", evaluate, methods=["POST"]),
+    Route("/v1/envs/{env}/screenshot", screenshot),
+    Route("/v1/envs/{env}/history", history),
+    Route("/v1/jobs", jobs),
+    Route("/v1/jobs/{job}", job),
+    Route("/v1/jobs/{job}/cancel", cancel, methods=["POST"]),
+    Route("/v1/jobs/{job}/events", EventStream()),
+    Route("/v1/events", EventStream()),
+    Route("/v1/queue", queue),
+    Route("/v1/prewarm", prewarm, methods=["POST"]),
+    Route("/livez", livez),
+    Route("/readyz", readyz),
+    Route("/version", version),
+]

@@ -1,0 +1,114 @@
+"""The `envd` command: parses, calls, prints; owns no logic. Everything heavy is imported by the command that needs
+it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine
+from typing import Annotated, Any, NoReturn
+
+import typer
+
+from . import __version__
+
+app = typer.Typer(
+    name="envd",
+    help="Serves computer desktops to agent trainers over one HTTP port: reset, step, evaluate.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+)
+
+Url = Annotated[str | None, typer.Option("--url", help="The server; default ENVD_URL, else http://127.0.0.1:15001.")]
+
+
+def main() -> None:
+    app()
+
+
+@app.command()
+def serve(
+    host: Annotated[str | None, typer.Option(help="Address to listen on; default ENVD_HOST, else 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on; default ENVD_PORT, else 15001.")] = None,
+) -> None:
+    """Run the daemon until it is told to stop.
+
+    Settings come from the environment and from .env in this folder; the README has the table. Exit codes: 0 stopped
+    by a signal, 78 a setting cannot be used, 75 the port or the state directory is taken, 69 something is not
+    installed, 70 a bug.
+    """
+    from . import daemon, log
+    from .errors import StartError
+    from .settings import load
+
+    try:
+        settings = load(host=host, port=port)
+        log.setup(settings.log_level, settings.log_format)
+        asyncio.run(daemon.serve(settings))
+    except StartError as error:
+        fail(f"envd cannot start: {error.detail}", error.hint, error.exit_code)
+    except Exception:  # noqa: BLE001 - the outermost boundary: told in one log line, ends non-zero
+        import structlog
+
+        structlog.get_logger("envd").exception("envd ended because one of its halves died")
+        raise SystemExit(70) from None
+
+
+@app.command()
+def watch(
+    job: Annotated[str | None, typer.Argument(help="A job's id; all jobs without it.")] = None,
+    url: Url = None,
+) -> None:
+    """Follow boots and resets live: phase, ETA, both probes, place in the queue. Survives a restart of the daemon."""
+    from .client import Client
+    from .watch import watch as follow
+
+    async def run() -> int:
+        async with Client(server(url)) as client:
+            return await follow(client, job)
+
+    raise SystemExit(talk(run()))
+
+
+@app.command()
+def prewarm(url: Url = None) -> None:
+    """Boot a clean desktop now, so that the next reset finds it; wait until it stands by."""
+    from .client import Client
+    from .watch import watch as follow
+
+    async def run() -> int:
+        async with Client(server(url)) as client:
+            return await follow(client, (await client.prewarm()).id)
+
+    raise SystemExit(talk(run()))
+
+
+@app.command()
+def version() -> None:
+    """Print the version."""
+    typer.echo(__version__)
+
+
+def server(url: str | None) -> str:
+    from .settings import load
+
+    return url or load().url
+
+
+def talk(work: Coroutine[Any, Any, int]) -> int:
+    """Run a client command; errors are told in two lines, Ctrl-C is quiet."""
+    from .errors import EnvdError
+
+    try:
+        return asyncio.run(work)
+    except EnvdError as error:
+        fail(error.detail, error.hint, 1)
+    except KeyboardInterrupt:
+        return 130
+
+
+def fail(detail: str, hint: str, code: int) -> NoReturn:
+    typer.secho(detail, fg=typer.colors.RED, err=True)
+    if hint:
+        typer.echo(hint, err=True)
+    raise SystemExit(code)

@@ -1,0 +1,186 @@
+"""Everything below HTTP, put together: driver, fleet, queue, envs, events. What the app calls and the daemon
+supervises."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import anyio
+import structlog
+
+from .actions.dialogue import DEFAULT_TEMPLATE, PromptTemplate
+from .boot.fleet import Fleet
+from .boot.queue import BootQueue, Reset
+from .drivers import make_driver
+from .drivers.base import Driver
+from .episodes import Envs
+from .errors import Draining, EnvBusy, SettingsError
+from .events import EventLog
+from .models import Env, Job, StepRequest, StepResult
+from .settings import Settings
+from .store import MemoryStore, Store
+from .tasks import setup
+
+logger = structlog.get_logger(__name__)
+
+CLEAR_LIMIT = 3.0
+"""Seconds that destroying what is left may take when the daemon ends."""
+
+
+class Service:
+    """Made by `open_service`. `run` must be running for resets to be served."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        driver: Driver,
+        store: Store,
+        events: EventLog,
+        session: aiohttp.ClientSession,
+        daemon_id: str,
+    ) -> None:
+        self.settings = settings
+        self.driver = driver
+        self.store = store
+        self.events = events
+        self.daemon_id = daemon_id
+        self.fleet = Fleet(driver, settings, events, session, daemon_id)
+        self.envs = Envs(settings, self.fleet, events, load_template(settings))
+        self.queue = BootQueue(settings, self.fleet, self.envs, store, events)
+        self.started_at = time.time()
+        self.draining = anyio.Event()
+        self.streams = 0
+        self._running = False
+
+    async def run(self, started: Callable[[], None]) -> None:
+        """Recover, call `started`, serve until cancelled; then destroy every desktop that would die with us.
+
+        Any exception that comes out of here is a bug of ours, and whoever runs this must end the process.
+        """
+        try:
+            async with anyio.create_task_group() as tasks:
+                recovered, consuming = anyio.Event(), anyio.Event()
+                tasks.start_soon(self.fleet.run, recovered)
+                await recovered.wait()
+                tasks.start_soon(self.queue.run, consuming)
+                await consuming.wait()
+                if self.settings.prewarm if self.settings.prewarm is not None else self.driver.traits.prewarm:
+                    self.queue.submit_prewarm()
+                self._running = True
+                started()
+        finally:
+            self._running = False
+            with anyio.move_on_after(CLEAR_LIMIT, shield=True):
+                await self.fleet.clear()
+
+    async def drain(self) -> None:
+        """Take no new work, wake whoever waits, let running steps finish for a moment, cancel the jobs, end the
+        streams."""
+        if self.draining.is_set():
+            return
+        self.draining.set()
+        with anyio.move_on_after(self.settings.drain_seconds):
+            await self.envs.idle()
+        self.queue.close()
+        with anyio.move_on_after(1):
+            await self.queue.idle()
+        self.events.close()
+
+    # -- what the routes call -----------------------------------------------------------------------------------
+
+    async def reset(self, env: int, reset: Reset) -> Job:
+        """Accept a reset: the job is kept as durably as the store can before this returns.
+
+        Raises UnknownEnv, TaskInvalid, QueueFull, Draining; none of them changes anything.
+        """
+        self.envs.env(env)
+        setup.check(reset.task)
+        job = self.queue.submit(env, reset)
+        await self.store.commit()
+        return job
+
+    async def prewarm(self) -> Job:
+        job = self.queue.submit_prewarm()
+        await self.store.commit()
+        return job
+
+    async def step(self, env: int, request: StepRequest) -> StepResult:
+        """See `Envs.step`. Refused also while a reset of the env waits: its caller has given this episode up."""
+        self.refuse_when_draining()
+        _, waiting = self.queue.of_env(env)
+        if waiting is not None:
+            raise EnvBusy(
+                f"A reset of env {env} waits ({waiting.id}).", hint="Wait for it or cancel it.", retry_after=1
+            )
+        return await self.envs.step(env, request)
+
+    def env(self, env: int) -> Env:
+        running, waiting = self.queue.of_env(env)
+        return self.envs.env(env).model_copy(
+            update={"job_id": running.id if running else None, "waiting_job_id": waiting.id if waiting else None}
+        )
+
+    def all_envs(self) -> list[Env]:
+        return [self.env(number) for number in range(len(self.envs))]
+
+    def not_ready(self) -> list[str]:
+        """Why a reset cannot be served now; empty when it can."""
+        reasons = []
+        if self.draining.is_set():
+            reasons.append("the daemon is shutting down")
+        elif not self._running:
+            reasons.append("the boot queue does not run")
+        waiting = len(self.queue.waiting())
+        if waiting >= self.settings.queue_limit:
+            reasons.append(f"the queue is full: {waiting} jobs wait")
+        return reasons
+
+    def refuse_when_draining(self) -> None:
+        if self.draining.is_set():
+            raise Draining("The daemon is shutting down and takes no new work.", retry_after=5)
+
+    def snapshot(self) -> dict[str, Any]:
+        """What a watcher of everything needs first."""
+        return {
+            "queue": self.queue_view(),
+            "envs": [env.model_dump(mode="json") for env in self.all_envs()],
+            "jobs": [job.model_dump(mode="json") for job in self.queue.active()],
+        }
+
+    def queue_view(self) -> dict[str, Any]:
+        return {
+            "booting": [job.model_dump(mode="json") for job in self.queue.booting()],
+            "waiting": [job.model_dump(mode="json") for job in self.queue.waiting()],
+            "limit": self.settings.queue_limit,
+            "spares": self.fleet.spares,
+            "boot_width": self.driver.traits.boot_width,
+        }
+
+
+@asynccontextmanager
+async def open_service(settings: Settings, daemon_id: str, driver: Driver | None = None) -> AsyncIterator[Service]:
+    """A service with everything it needs open. Raises StartError when the provider cannot be used."""
+    store = MemoryStore()
+    # The daemon itself bounds every call, and one desktop must not be able to use up all connections.
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
+    async with (
+        aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session,
+        driver or make_driver(settings, daemon_id) as opened,
+    ):
+        yield Service(settings, opened, store, EventLog(store), session, daemon_id)
+
+
+def load_template(settings: Settings) -> PromptTemplate:
+    """The prompt that trainers are shown. Raises SettingsError for a file that cannot be used."""
+    if settings.prompt_file is None:
+        return DEFAULT_TEMPLATE
+    try:
+        template = PromptTemplate.load(settings.prompt_file)
+    except ValueError as error:
+        raise SettingsError(f"ENVD_PROMPT_FILE: {error}.") from error
+    logger.info("prompt template", file=str(settings.prompt_file), published=template.matches_published)
+    return template
