@@ -7,6 +7,7 @@ import asyncio
 import logging
 import os
 import signal
+import socket
 import sys
 
 _CLOSE_SECONDS = 2
@@ -17,12 +18,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m envd.agent", description="OSWorld-compatible guest server.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=5000, help="0 lets the kernel choose; the port is printed")
+    parser.add_argument("--fd", type=int, help="serve on this inherited socket, which listens already, instead")
     options = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    asyncio.run(_serve(options.host, options.port))
+    asyncio.run(_serve(options.host, options.port, options.fd))
 
 
-async def _serve(host: str, port: int) -> None:
+async def _serve(host: str, port: int, fd: int | None) -> None:
     _import_aiohttp()
     from aiohttp import web
 
@@ -35,7 +37,8 @@ async def _serve(host: str, port: int) -> None:
     runner = runner_of(app)
     await runner.setup()
     try:
-        await web.TCPSite(runner, host, port).start()
+        site = web.TCPSite(runner, host, port) if fd is None else web.SockSite(runner, socket.socket(fileno=fd))
+        await site.start()
     except OSError as error:
         app[AGENT].kill()
         sys.exit(f"cannot listen on {host}:{port}: {error.strerror}; is another agent running there?")
