@@ -321,20 +321,20 @@ def test_an_unknown_action_is_told_the_known_ones() -> None:
     "prediction",
     [
         pytest.param("Action: " + "x" * MAX_PREDICTION_BYTES, id="too long"),
-        pytest.param("Action: click(" + "(" * 50_000 + ")" * 10_000, id="deep parentheses"),
-        pytest.param("Action: " + "a." * 30_000, id="dots"),
-        pytest.param("Action: " * 8_000, id="many Action:"),
-        pytest.param("Action: type(content='" + "\\'" * 30_000, id="many quotes, never closed"),
-        pytest.param("Action: type(content='" + "')\n\n" * 15_000 + "x", id="many ends"),
-        pytest.param("Action: click(" + "a='', " * 10_000, id="many arguments"),
-        pytest.param("Action: click(start_box='" + "1 " * 30_000 + "')", id="many numbers"),
-        pytest.param("Action: click(start_box='" + "9" * 60_000 + ",1')", id="a huge number"),
-        pytest.param("Action: hotkey(key='" + "+" * 60_000 + "')", id="many keys"),
+        pytest.param("Action: click(" + "(" * 20_000 + ")" * 5_000, id="deep parentheses"),
+        pytest.param("Action: " + "a." * 14_000, id="dots"),
+        pytest.param("Action: " * 3_700, id="many Action:"),
+        pytest.param("Action: type(content='" + "\\'" * 14_000, id="many quotes, never closed"),
+        pytest.param("Action: type(content='" + "')\n\n" * 7_000 + "x", id="many ends"),
+        pytest.param("Action: click(" + "a='', " * 4_500, id="many arguments"),
+        pytest.param("Action: click(start_box='" + "1 " * 14_000 + "')", id="many numbers"),
+        pytest.param("Action: click(start_box='" + "9" * 29_000 + ",1')", id="a huge number"),
+        pytest.param("Action: hotkey(key='" + "+" * 29_000 + "')", id="many keys"),
     ],
 )
 @pytest.mark.timeout(5)
 def test_a_hostile_prediction_is_refused_quickly(prediction: str) -> None:
-    failure(prediction)
+    assert failure(prediction).code != "too_long" or len(prediction) > MAX_PREDICTION_BYTES
 
 
 def escaped(text: str) -> str:

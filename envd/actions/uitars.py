@@ -39,8 +39,12 @@ from typing import Final, Literal, NamedTuple
 
 from envd.actions.keys import key_name, nearest_key, split_combination
 
-MAX_PREDICTION_BYTES: Final = 64 * 1024
+MAX_PREDICTION_BYTES: Final = 30_000
+"""The program is one argument of a command, for which Linux has 128 KiB, and an escaped character takes up to four
+times its bytes. Ten thousand tokens fit."""
+
 MAX_KEYS: Final = 10
+
 MIN_PIXELS: Final = 3136
 MAX_PIXELS: Final = 2_116_800
 """The image bounds that clients of this protocol expect (osworld-facts 1.4): 1920×1080 is never made smaller."""
