@@ -55,11 +55,13 @@ async def _supervise(service: Service, listener: socket.socket) -> None:
             started = asyncio.Event()
             core = siblings.create_task(service.run(started.set), name="boot queue")
             await _first(started, core)
-            config = hypercorn_config(f"fd://{listener.fileno()}")
+            url = url_of(listener)
+            # The descriptor is hypercorn's from here on; it closes it first of all when it shuts down.
+            config = hypercorn_config(f"fd://{listener.detach()}")
             # Starlette and hypercorn each have their own types for one and the same ASGI.
             app = cast(ASGIFramework, create_app(service))
             http = siblings.create_task(hypercorn_serve(app, config, shutdown_trigger=closing.wait), name="http server")
-            announce(service, listener)
+            announce(service, url)
             await _first(stop, core, http)
             logger.info("shutting down")
             await service.drain()
@@ -98,24 +100,26 @@ def hypercorn_config(bind: str) -> Config:
     return config
 
 
-def announce(service: Service, listener: socket.socket) -> None:
-    """One line with where it listens, and each setting that is not the default."""
+def url_of(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    chosen = {
-        name: entry["value"] for name, entry in effective(service.settings).items() if entry["origin"] != "default"
-    }
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def announce(service: Service, url: str) -> None:
+    """One line with where it listens, and each setting that is not the default."""
+    settings = service.settings
+    chosen = {name: entry["value"] for name, entry in effective(settings).items() if entry["origin"] != "default"}
     logger.info(
         "envd is listening",
-        url=f"http://{shown}:{port}",
+        url=url,
         provider=service.driver.name,
         envs=len(service.envs),
-        state_dir=str(service.settings.state_dir),
+        state_dir=str(settings.state_dir),
         settings=chosen,
     )
-    if not _is_loopback(host):
+    if not _is_loopback(settings.host):
         logger.warning(
-            "anyone who can reach this address can use the desktops: there is no access control yet", host=host
+            "anyone who can reach this address can use the desktops: there is no access control yet", url=url
         )
 
 
