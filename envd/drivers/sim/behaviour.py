@@ -132,6 +132,10 @@ class Behaviour:
         except ValueError as error:
             raise _complaint(text, str(error)) from error
 
+    @property
+    def dies_booting(self) -> bool:
+        return self.dies_after_s is not None and self.dies_when == "booting"
+
     def strikes(self, number: int) -> bool:
         """Whether `fail` hits the instance that is the `number`th of its driver, from 0."""
         return random.Random(f"{self.seed}/{number}").random() < self.fail

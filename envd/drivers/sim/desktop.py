@@ -68,16 +68,18 @@ class Desktop:
     # Its life
 
     async def start(self) -> None:
-        """Take both ports, and open them now if nothing is to be waited for."""
+        """Take both ports, and open at once what is not to be waited for."""
         self.guest_port, self.cdp_port = Port(Guest(self).answer), Port(self.chrome.answer)
         behaviour = self.behaviour
         self.say(f"guest on port {self.guest_port.number}, CDP on port {self.cdp_port.number}")
         if behaviour.strikes(self.number):
             behaviour = replace(behaviour, dies_after_s=behaviour.dies_after_s or behaviour.boot_s, dies_when="booting")
-        dies = behaviour.dies_after_s is not None
-        if not dies and not behaviour.refuse and behaviour.boot_s == 0 and not behaviour.cdp_s:
-            await self._open(behaviour)
-        elif dies or not behaviour.refuse:
+        opens = not behaviour.refuse and not behaviour.dies_booting
+        if opens and behaviour.boot_s == 0:
+            await self._open_guest_in(0)
+        if opens and behaviour.cdp_s == 0:
+            await self._open_cdp_in(0)
+        if behaviour.dies_after_s is not None or (opens and (behaviour.boot_s or behaviour.cdp_s)):
             self._life = asyncio.create_task(self._live(behaviour), name=f"sim {self.id}")
 
     async def close(self) -> None:
@@ -121,16 +123,10 @@ class Desktop:
                 if port is not None:
                     port.drop()
 
-    async def _open(self, behaviour: Behaviour) -> None:
-        if self.guest_port is not None:
-            await self.guest_port.open()
-        if behaviour.cdp_s is not None:
-            await self.open_cdp()
-
     async def _live(self, behaviour: Behaviour) -> None:
         """Open the ports and die, when each is due."""
-        if behaviour.dies_after_s is not None and behaviour.dies_when == "booting":
-            await asyncio.sleep(behaviour.dies_after_s)
+        if behaviour.dies_booting:
+            await asyncio.sleep(behaviour.dies_after_s or 0)
             self.die(Death(behaviour.death))
             return
         async with asyncio.TaskGroup() as group:
@@ -145,7 +141,7 @@ class Desktop:
 
     async def _open_guest_in(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
-        if self.guest_port is not None:
+        if self.guest_port is not None and not self.gone.is_set() and not self.guest_port.is_open:
             await self.guest_port.open()
             self.say("guest server started")
 

@@ -7,6 +7,7 @@ ends with 127, as in a shell, and a window is opened at once.
 from __future__ import annotations
 
 import asyncio
+import io
 import json
 import posixpath
 import shlex
@@ -157,7 +158,7 @@ class Guest:
             return as_json({"error": "File not found"}, 404)
         name = posixpath.basename(path)
         return web.Response(
-            body=content,
+            body=io.BytesIO(content),
             content_type="application/octet-stream",
             headers={"Content-Disposition": f'attachment; filename="{name}"'},
         )

@@ -69,21 +69,21 @@ def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 @lru_cache(maxsize=128)
 def _lettering(words: str, size: int) -> Image.Image:
     """A line of text as a mask. Kept, since the lines of a full window take ten times as long as the picture."""
-    mask = Image.new("1", (max(int(_font(size).getlength(words)), 1), size * 3 // 2))
+    mask = Image.new("1", (max(int(_font(size).getlength(words, "1")), 1), size * 3 // 2))
     ImageDraw.Draw(mask).text((0, 0), words, fill=1, font=_font(size))
     return mask
 
 
 def _draw_panel(draw: ImageDraw.ImageDraw, scene: Scene) -> None:
     width, height = scene.screen
-    line = max(height // 36, 14)
+    line = max(height // 36, 20)
     draw.rectangle((0, 0, width, line), fill=_EDGE)
     draw.bitmap((8, line // 8), _lettering(scene.status, line * 2 // 3), fill=_BAR_INK)
 
 
 def _draw_window(draw: ImageDraw.ImageDraw, scene: Scene, depth: int, title: str, *, front: bool) -> None:
     width, height = scene.screen
-    line = max(height // 36, 14)
+    line = max(height // 36, 20)
     left, top = width // 8 + depth % 8 * line, height // 10 + depth % 8 * line
     right, bottom = left + width * 5 // 8, top + height * 5 // 8
     draw.rectangle((left, top, right, bottom), fill=_PAPER, outline=_EDGE, width=2)
