@@ -1,0 +1,6 @@
+"""The outside of an envd server, for trainers and scripts: `Client`, and `RemoteEnvWorker` in the shape that existing
+trainers know. Needs aiohttp, anyio and pydantic; Pillow to decode images."""
+
+from .client import Client, EnvHandle, Queue, Readiness
+
+__all__ = ["Client", "EnvHandle", "Queue", "Readiness"]

@@ -1,0 +1,341 @@
+"""The async client of the native API: what a trainer, a script and `envd`'s own commands use."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
+
+from pydantic import ValidationError
+
+from ..errors import (
+    EnvdError,
+    InfraError,
+    JobCancelled,
+    JobExpired,
+    JobSuperseded,
+    StillBooting,
+    from_problem,
+)
+from ..models import Env, Event, Job, JobState, Model, StepResult
+from .follow import follow, parsed_job
+from .transport import Answer, Deadline, OnRetry, Resend, Transport
+
+M = TypeVar("M", bound=Model)
+
+ATTEMPT_SECONDS = 30.0
+"""One try of a call that the server answers at once."""
+
+
+class Queue(Model):
+    """The boot queue: what boots, what waits, first come first, and how many may wait."""
+
+    booting: tuple[Job, ...]
+    waiting: tuple[Job, ...]
+    limit: int
+
+
+class Readiness(Model):
+    """Whether a reset can be served now, and if not, why."""
+
+    ready: bool
+    reasons: tuple[str, ...] = ()
+
+
+class Client:
+    """One server, over one HTTP session. Use it as `async with Client() as client:`.
+
+    url       default: the environment's ENVD_URL, else http://127.0.0.1:15001
+    timeout   seconds for each call that is given none of its own, its retries included. Waiting for a job has no
+              limit unless it is given one: a boot may take 40 minutes
+    patience  seconds during which a server that stopped answering is tried again, enough for a restart of it
+
+    What failed raises an EnvdError with the server's code. Only what is safe is sent twice: input never is, once it
+    may have arrived (ServerUnreachable then says `outcome` "unknown").
+    """
+
+    def __init__(self, url: str | None = None, *, timeout: float = 300.0, patience: float = 60.0) -> None:
+        self.http = Transport(url, patience=patience)
+        self._timeout = timeout
+
+    @property
+    def url(self) -> str:
+        return self.http.url
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        await self.http.aclose()
+
+    def env(self, number: int = 0) -> EnvHandle:
+        """A face of this client that speaks of one env."""
+        return EnvHandle(self, number)
+
+    # Jobs
+
+    async def reset(
+        self,
+        task: dict[str, Any] | None = None,
+        *,
+        env: int = 0,
+        max_steps: int | None = None,
+        timeout: float | None = None,
+    ) -> Job:
+        """Give `env` a clean desktop with `task` (an OSWorld task) set up on it; the job, once it succeeded.
+
+        Raises the error of a job that failed, was cancelled, superseded or expired; StillBooting when `timeout`
+        seconds went by, in which case the job goes on and may be waited for.
+        """
+        deadline = Deadline.after(timeout)
+        return await self._finish(await self._submit_reset(task, env, max_steps, deadline), deadline)
+
+    async def submit_reset(
+        self,
+        task: dict[str, Any] | None = None,
+        *,
+        env: int = 0,
+        max_steps: int | None = None,
+        timeout: float | None = None,
+    ) -> Job:
+        """Ask for a reset and return its job at once."""
+        return await self._submit_reset(task, env, max_steps, self._deadline(timeout))
+
+    async def prewarm(self, *, timeout: float | None = None) -> Job:
+        """Have a clean desktop booted, and wait until it stands by. Raises as `reset` does."""
+        deadline = Deadline.after(timeout)
+        return await self._finish(await self._submit("/v1/prewarm", None, deadline), deadline)
+
+    async def wait(self, job_id: str, timeout: float | None = None) -> Job:
+        """The job, once it succeeded. Raises as `reset` does, and UnknownJob."""
+        deadline = Deadline.after(timeout)
+        job = await self.job(job_id, timeout=min(deadline.left, self._timeout))
+        return await self._finish(job, deadline)
+
+    def watch(
+        self,
+        job_id: str | None = None,
+        *,
+        patience: float | None = None,
+        on_retry: OnRetry | None = None,
+    ) -> AsyncGenerator[Event, None]:
+        """Events as they happen, a snapshot first: of one job until the one that shows its end, or of everything.
+
+        Outlives dropped connections and restarts of the daemon; `on_retry` is told of them. Who leaves the loop
+        early should do so inside `contextlib.aclosing`.
+        """
+        return follow(self.http, job_id, patience=patience, on_retry=on_retry)
+
+    async def job(self, job_id: str, *, timeout: float | None = None) -> Job:
+        return parsed_job((await self._get(f"/v1/jobs/{job_id}", timeout)).object())
+
+    async def jobs(
+        self, *, env: int | None = None, state: JobState | None = None, timeout: float | None = None
+    ) -> list[Job]:
+        params = {name: str(value) for name, value in (("env", env), ("state", state)) if value is not None}
+        answer = await self._get("/v1/jobs", timeout, params=params)
+        return _parsed(_Jobs, answer).jobs
+
+    async def cancel(self, job_id: str, *, timeout: float | None = None) -> Job:
+        """Ask for the end of a job, and return it as it is now; it may take a moment to end."""
+        deadline = self._deadline(timeout)
+        answer = await self.http.request(
+            "POST", f"/v1/jobs/{job_id}/cancel", deadline=deadline, attempt_timeout=ATTEMPT_SECONDS
+        )
+        return parsed_job(answer.object())
+
+    # Episodes
+
+    async def step(
+        self,
+        env: int = 0,
+        *,
+        prediction: str | None = None,
+        actions: list[str] | None = None,
+        pause_s: float | None = None,
+        include_screenshot: bool = True,
+        timeout: float | None = None,
+    ) -> StepResult:
+        """Act on the desktop: either `prediction`, the model's text, or `actions`, which are pyautogui programs or
+        DONE, WAIT, FAIL. Sent once."""
+        body: dict[str, Any] = {"prediction": prediction, "actions": actions, "pause_s": pause_s}
+        body = {name: value for name, value in body.items() if value is not None}
+        answer = await self.http.request(
+            "POST",
+            f"/v1/envs/{env}/step",
+            body=body | {"include_screenshot": include_screenshot},
+            resend=Resend.UNSENT,
+            deadline=self._deadline(timeout),
+        )
+        return _parsed(StepResult, answer)
+
+    async def screenshot(self, env: int = 0, *, timeout: float | None = None) -> bytes:
+        """A PNG of the screen as it is now."""
+        return (await self._get(f"/v1/envs/{env}/screenshot", timeout)).body
+
+    async def evaluate(self, env: int = 0, *, timeout: float | None = None) -> dict[str, Any]:
+        """The verdict on the episode. Sent once: an evaluation may touch the desktop."""
+        answer = await self.http.request(
+            "POST", f"/v1/envs/{env}/evaluate", resend=Resend.UNSENT, deadline=self._deadline(timeout)
+        )
+        return answer.object()
+
+    async def history(self, env: int = 0, *, timeout: float | None = None) -> list[dict[str, Any]]:
+        """The episode's messages, as they go over the wire: {"role": …, "content": [part, …]}."""
+        answer = await self._get(f"/v1/envs/{env}/history", timeout, limit=512 * 1024 * 1024)
+        return _parsed(_History, answer).history_messages
+
+    # The server
+
+    async def envs(self, *, timeout: float | None = None) -> list[Env]:
+        return _parsed(_Envs, await self._get("/v1/envs", timeout)).envs
+
+    async def env_state(self, env: int = 0, *, timeout: float | None = None) -> Env:
+        return _parsed(Env, await self._get(f"/v1/envs/{env}", timeout))
+
+    async def queue(self, *, timeout: float | None = None) -> Queue:
+        return _parsed(Queue, await self._get("/v1/queue", timeout))
+
+    async def ready(self, *, timeout: float | None = None) -> Readiness:
+        """Whether a reset can be served now. A server that says no does not raise; one that is not there does."""
+        return _parsed(Readiness, await self._get("/readyz", timeout, accept=(503,)))
+
+    async def version(self, *, timeout: float | None = None) -> dict[str, Any]:
+        return (await self._get("/version", timeout)).object()
+
+    # Within
+
+    def _deadline(self, timeout: float | None) -> Deadline:
+        return Deadline.after(self._timeout if timeout is None else timeout)
+
+    async def _get(self, path: str, timeout: float | None, **options: Any) -> Answer:
+        return await self.http.request(
+            "GET", path, deadline=self._deadline(timeout), attempt_timeout=ATTEMPT_SECONDS, **options
+        )
+
+    async def _submit_reset(
+        self, task: dict[str, Any] | None, env: int, max_steps: int | None, deadline: Deadline
+    ) -> Job:
+        body: dict[str, Any] = {"task": task or {}}
+        if max_steps is not None:
+            body["max_steps"] = max_steps
+        return await self._submit(f"/v1/envs/{env}/reset", body, deadline)
+
+    async def _submit(self, path: str, body: Any, deadline: Deadline) -> Job:
+        answer = await self.http.request(
+            "POST", path, body=body, resend=Resend.REFUSED, deadline=deadline, attempt_timeout=ATTEMPT_SECONDS
+        )
+        return parsed_job(answer.object())
+
+    async def _finish(self, job: Job, deadline: Deadline) -> Job:
+        """Follow `job` to its end. At the deadline raises StillBooting, or why the server was not heard of lately."""
+        trouble: EnvdError | None = None
+
+        def remember(error: EnvdError, pause: float) -> None:
+            nonlocal trouble
+            trouble = error
+
+        try:
+            async with (
+                asyncio.timeout(deadline.left_or_none),
+                aclosing(self.watch(job.id, on_retry=remember)) as events,
+            ):
+                async for event in events:
+                    trouble = None
+                    job = event.job or job
+        except TimeoutError:
+            raise trouble or _still_booting(job) from None
+        error = _error_of(job)
+        if error is not None:
+            raise error
+        return job
+
+
+@dataclass(frozen=True, slots=True)
+class EnvHandle:
+    """One env of one server: `env = client.env(0)`."""
+
+    client: Client
+    number: int
+
+    async def reset(
+        self, task: dict[str, Any] | None = None, *, max_steps: int | None = None, timeout: float | None = None
+    ) -> Job:
+        return await self.client.reset(task, env=self.number, max_steps=max_steps, timeout=timeout)
+
+    async def step(self, prediction: str, *, timeout: float | None = None) -> StepResult:
+        """Do what the model said."""
+        return await self.client.step(self.number, prediction=prediction, timeout=timeout)
+
+    async def act(self, *programs: str, pause_s: float | None = None, timeout: float | None = None) -> StepResult:
+        """Run pyautogui programs, one after the other; or DONE, WAIT, FAIL."""
+        return await self.client.step(self.number, actions=list(programs), pause_s=pause_s, timeout=timeout)
+
+    async def click(self, x: float, y: float) -> StepResult:
+        """Click the left button at (x, y), in pixels of the desktop's screen."""
+        return await self.act(f"pyautogui.click({x!r}, {y!r})")
+
+    async def screenshot(self) -> bytes:
+        return await self.client.screenshot(self.number)
+
+    async def history(self) -> list[dict[str, Any]]:
+        return await self.client.history(self.number)
+
+    async def evaluate(self, *, timeout: float | None = None) -> dict[str, Any]:
+        return await self.client.evaluate(self.number, timeout=timeout)
+
+    async def state(self) -> Env:
+        return await self.client.env_state(self.number)
+
+
+class _Jobs(Model):
+    jobs: list[Job]
+
+
+class _Envs(Model):
+    envs: list[Env]
+
+
+class _History(Model):
+    history_messages: list[dict[str, Any]]
+
+
+def _parsed(model: type[M], answer: Answer) -> M:
+    try:
+        return model.model_validate_json(answer.body)
+    except ValidationError as error:
+        raise InfraError(
+            f"{answer.request} was answered with something this client cannot read: {error}",
+            hint="Are client and server of about the same version?",
+        ) from error
+
+
+def _still_booting(job: Job) -> StillBooting:
+    eta = "" if job.eta_s is None else f", about {job.eta_s:.0f} s from its end when last heard of"
+    return StillBooting(
+        f"Job {job.id} is still {job.state}{eta}.",
+        hint=f"It goes on. Wait for it with wait({job.id!r}), or end it with cancel({job.id!r}).",
+        job=job.model_dump(mode="json"),
+    )
+
+
+def _error_of(job: Job) -> EnvdError | None:
+    """Why the job did not succeed, with its id among the facts."""
+    if job.state is JobState.SUCCEEDED:
+        return None
+    if job.error is not None:
+        error = from_problem(job.error)
+    else:
+        ends = {
+            JobState.CANCELLED: JobCancelled,
+            JobState.SUPERSEDED: JobSuperseded,
+            JobState.EXPIRED: JobExpired,
+        }
+        error = ends.get(job.state, InfraError)(f"Job {job.id} ended {job.state}.")
+    error.facts.setdefault("job_id", job.id)
+    return error

@@ -1,0 +1,400 @@
+"""One HTTP session to one envd server: deadlines, what may be sent twice, and every failure as an EnvdError.
+
+Nothing else in the client meets an aiohttp exception. Proxy variables of the environment are not used: desktops are
+served inside a cluster, and a proxy that intercepts loopback traffic is a common way to see 502 from nowhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import random
+import socket
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from enum import Enum
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+from pydantic import ValidationError
+
+from ..errors import (
+    EnvdError,
+    InfraError,
+    InvalidRequest,
+    Problem,
+    RequestError,
+    ServerUnreachable,
+    SettingsError,
+    from_problem,
+)
+
+DEFAULT_URL = "http://127.0.0.1:15001"
+
+CONNECT_SECONDS = 10.0
+KEEPALIVE_SECONDS = 3.0
+"""Idle connections are dropped before the server drops them (hypercorn: 5 s), else a POST may meet a closing one."""
+QUIET_SECONDS = 45.0
+"""A stream without even a heartbeat for so long (three times the server's interval) is dead."""
+BODY_LIMIT = 64 * 1024 * 1024
+FIRST_CONTACT_SECONDS = 3.0
+
+OnRetry = Callable[[EnvdError, float], None]
+"""Told why a call is made again, and after how many seconds. Must not block."""
+
+
+class Resend(Enum):
+    """When a request may be made again."""
+
+    UNSENT = "unsent"
+    """Only when no connection was made. For input, and for evaluation, which touches the desktop."""
+    REFUSED = "refused"
+    """Also after a 503 with Retry-After, which says that nothing was accepted."""
+    ALWAYS = "always"
+    """Also when the answer was lost: the request changes nothing, or changes it once however often it comes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deadline:
+    """A moment of the monotonic clock, infinite for none."""
+
+    at: float
+
+    @classmethod
+    def after(cls, seconds: float | None) -> Deadline:
+        return cls(float("inf") if seconds is None else time.monotonic() + seconds)
+
+    @property
+    def left(self) -> float:
+        return self.at - time.monotonic()
+
+    @property
+    def left_or_none(self) -> float | None:
+        return None if self.at == float("inf") else max(0.0, self.left)
+
+
+@dataclass(slots=True)
+class Backoff:
+    """Full jitter: anything from nothing to a bound that doubles, so that a herd of clients spreads out."""
+
+    base: float = 0.2
+    cap: float = 10.0
+    attempt: int = 0
+
+    def next(self) -> float:
+        bound = min(self.cap, self.base * 2 ** min(self.attempt, 16))
+        self.attempt += 1
+        return random.uniform(0, bound)
+
+    def reset(self) -> None:
+        self.attempt = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    status: int
+    content_type: str
+    retry_after: float | None
+    body: bytes
+    request: str
+    """Method and URL, for messages."""
+
+    @property
+    def ok(self) -> bool:
+        return 200 <= self.status < 300
+
+    def json(self) -> Any:
+        """Raises InfraError when the body is not JSON."""
+        try:
+            return json.loads(self.body)
+        except ValueError as error:
+            raise InfraError(
+                f"{self.request} was answered with {self.content_type or 'no content type'} where JSON was due: "
+                f"{_excerpt(self.body)}",
+                hint="Is it an envd server that listens there, and nothing in between?",
+            ) from error
+
+    def object(self) -> dict[str, Any]:
+        """Raises InfraError when the body is not a JSON object."""
+        value = self.json()
+        if not isinstance(value, dict):
+            raise InfraError(f"{self.request} was answered with {_excerpt(self.body)} where a JSON object was due.")
+        return value
+
+    def error(self) -> EnvdError:
+        """The typed error that a non-2xx answer stands for."""
+        if self.content_type == "application/problem+json":
+            try:
+                error = from_problem(Problem.model_validate_json(self.body))
+            except ValidationError:
+                pass
+            else:
+                if error.retry_after is None:
+                    error.retry_after = self.retry_after
+                return error
+        detail = f"{self.request} was answered {self.status}: {_excerpt(self.body)}"
+        if self.status in (502, 503, 504) and self.content_type != "application/json":
+            return ServerUnreachable(
+                detail,
+                hint="A proxy in between does not reach envd: is it running?",
+                retry_after=self.retry_after,
+                outcome="unknown",
+            )
+        # An older server's words, or something else on that port.
+        cls = InfraError if self.status >= 500 else RequestError
+        return cls(detail, retry_after=self.retry_after, http_status=self.status)
+
+
+class Transport:
+    """`patience` is how many seconds a server that cannot be reached is tried again; one that never once answered is
+    given up after 3 s at most, since it is probably not there at all.
+
+    The session opens with the first request and belongs to the event loop of that moment.
+    """
+
+    def __init__(self, url: str | None = None, *, patience: float = 60.0) -> None:
+        self.url = _base(url or os.environ.get("ENVD_URL") or DEFAULT_URL)
+        self.patience = patience
+        self._session: aiohttp.ClientSession | None = None
+        self._reached = False
+
+    async def aclose(self) -> None:
+        session, self._session = self._session, None
+        if session is not None:
+            await session.close()
+
+    def patience_of(self, asked: float | None) -> float:
+        patience = self.patience if asked is None else asked
+        return patience if self._reached else min(patience, FIRST_CONTACT_SECONDS)
+
+    async def request(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: Any = None,
+        params: dict[str, str] | None = None,
+        resend: Resend = Resend.ALWAYS,
+        deadline: Deadline,
+        attempt_timeout: float | None = None,
+        limit: int = BODY_LIMIT,
+        accept: tuple[int, ...] = (),
+        on_retry: OnRetry | None = None,
+        patience: float | None = None,
+    ) -> Answer:
+        """The answer, if it is 2xx or of a status in `accept`.
+
+        Raises the typed error of any other answer, and ServerUnreachable, whose fact `outcome` is `not_sent` or
+        `unknown`.
+
+        `deadline` bounds everything; `attempt_timeout` one try of it.
+        """
+        content = _encoded(body)
+        backoff = Backoff()
+        silent_since: float | None = None
+        while True:
+            try:
+                answer = await self._attempt(method, path, content, params, deadline, attempt_timeout, limit)
+                if answer.ok or answer.status in accept:
+                    return answer
+                error = answer.error()
+            except ServerUnreachable as unreachable:
+                error = unreachable
+            pause = backoff.next() + (error.retry_after or 0.0)
+            if isinstance(error, ServerUnreachable):
+                again = resend is Resend.ALWAYS or error.facts.get("outcome") == "not_sent"
+                silent_since = silent_since or time.monotonic()
+                give_up = min(deadline.at, silent_since + self.patience_of(patience))
+            else:
+                again = error.status == 503 and error.retry_after is not None and resend is not Resend.UNSENT
+                silent_since = None
+                give_up = deadline.at
+            if not again or time.monotonic() + pause > give_up:
+                raise error
+            if on_retry is not None:
+                on_retry(error, pause)
+            await asyncio.sleep(pause)
+
+    @asynccontextmanager
+    async def stream(self, path: str, headers: dict[str, str]) -> AsyncIterator[aiohttp.ClientResponse]:
+        """The open response of an event stream. Raises ServerUnreachable, or the typed error of a non-2xx answer.
+
+        Reading from it may raise what `translated` translates.
+        """
+        request = f"GET {self.url}{path}"
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=QUIET_SECONDS)
+        with translated(self.url, request):
+            response = await self._opened().get(
+                self.url + path,
+                headers={"Accept": "text/event-stream", "Cache-Control": "no-store"} | headers,
+                timeout=timeout,
+                allow_redirects=False,
+            )
+        try:
+            self._reached = True
+            if not 200 <= response.status < 300:
+                with translated(self.url, request):
+                    answer = await self._read(response, request, 1024 * 1024)
+                raise answer.error()
+            yield response
+        finally:
+            response.close()
+
+    async def _attempt(
+        self,
+        method: str,
+        path: str,
+        content: bytes | None,
+        params: dict[str, str] | None,
+        deadline: Deadline,
+        attempt_timeout: float | None,
+        limit: int,
+    ) -> Answer:
+        left = deadline.left_or_none
+        total = min((t for t in (left, attempt_timeout) if t is not None), default=None)
+        request = f"{method} {self.url}{path}"
+        with translated(self.url, request):
+            # aiohttp reads a total of 0 as none.
+            async with self._opened().request(
+                method,
+                self.url + path,
+                data=content,
+                headers={"Content-Type": "application/json"} if content is not None else None,
+                params=params,
+                timeout=aiohttp.ClientTimeout(
+                    total=None if total is None else max(total, 0.001), sock_connect=CONNECT_SECONDS
+                ),
+                allow_redirects=False,
+            ) as response:
+                answer = await self._read(response, request, limit)
+        self._reached = True
+        return answer
+
+    async def _read(self, response: aiohttp.ClientResponse, request: str, limit: int) -> Answer:
+        chunks, size = [], 0
+        async for chunk in response.content.iter_any():
+            size += len(chunk)
+            if size > limit:
+                raise InfraError(
+                    f"{request} was answered with more than {limit} bytes.",
+                    hint="Is it an envd server that listens there?",
+                )
+            chunks.append(chunk)
+        return Answer(response.status, response.content_type, _retry_after(response.headers), b"".join(chunks), request)
+
+    def _opened(self) -> aiohttp.ClientSession:
+        if self._session is None:
+            self._session = aiohttp.ClientSession(
+                # No limit on connections: one per watcher and per held reset, and the caller decides how many.
+                connector=aiohttp.TCPConnector(
+                    limit=0, keepalive_timeout=KEEPALIVE_SECONDS, socket_factory=_socket_that_notices
+                ),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+                cookie_jar=aiohttp.DummyCookieJar(),
+                headers={"User-Agent": "envd-client"},
+            )
+        return self._session
+
+
+@contextmanager
+def translated(url: str, request: str) -> Iterator[None]:
+    """Foreign errors become ServerUnreachable here, with what to check and whether the request can have arrived."""
+    try:
+        yield
+    except (aiohttp.ClientError, OSError) as error:  # a TimeoutError is an OSError
+        raise _unreachable(url, request, error) from error
+
+
+def _unreachable(url: str, request: str, error: Exception) -> ServerUnreachable:
+    parts = urlsplit(url)
+    host, port = parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
+    where = f"{host}:{port}"
+    outcome = "unknown"
+    hint = f"Is envd running, and listening on an address that this machine reaches? Check {where} and ENVD_URL."
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        outcome = "not_sent"
+        detail = f"The host name {host} cannot be resolved."
+        hint = "Check the name in ENVD_URL and this machine's DNS."
+    elif isinstance(error, aiohttp.ClientConnectorError) and _refused(error):
+        outcome = "not_sent"
+        detail = f"Nothing listens on {where}: connection refused."
+        hint = (
+            "Is envd running? Start it there, or point ENVD_URL at it. "
+            "A server bound to 127.0.0.1 is reached from its own machine only."
+        )
+    elif isinstance(error, aiohttp.ConnectionTimeoutError):
+        outcome = "not_sent"
+        detail = f"No connection to {where} in time."
+        hint = f"A firewall or a security group may drop the packets; check host and port {where}."
+    elif isinstance(error, aiohttp.ClientConnectorError):
+        outcome = "not_sent"
+        detail = f"No connection to {where} ({_words(error)})."
+    elif isinstance(error, TimeoutError):
+        detail = f"{request} had no answer in time."
+    elif isinstance(error, aiohttp.ClientPayloadError | aiohttp.ClientConnectionError | OSError):
+        detail = f"The connection was lost before {request} was answered ({_words(error)})."
+        hint = f"Was envd restarted? Check {where} and envd's log."
+    else:
+        detail = f"{request} was answered with something that is not HTTP ({_words(error)})."
+    return ServerUnreachable(detail, hint=hint, outcome=outcome, host=host, port=port)
+
+
+def _refused(error: aiohttp.ClientConnectorError) -> bool:
+    return isinstance(getattr(error, "os_error", None), ConnectionRefusedError)  # a certificate error has no os_error
+
+
+def _base(url: str) -> str:
+    parts = urlsplit(url)
+    if parts.scheme not in ("http", "https") or not parts.hostname:
+        raise SettingsError(
+            f"{url!r} is not the address of a server.", hint=f"Give it as http://HOST:PORT, for example {DEFAULT_URL}."
+        )
+    return url.rstrip("/")
+
+
+def _socket_that_notices(info: Any) -> socket.socket:
+    """A reset may be held open for 20 minutes without a byte; a peer that vanished is noticed after a minute."""
+    family, kind, protocol, _, _ = info
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if hasattr(socket, "TCP_KEEPIDLE"):
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 30)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 10)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 3)
+    return made
+
+
+def _encoded(body: Any) -> bytes | None:
+    if body is None:
+        return None
+    try:
+        return json.dumps(body, allow_nan=False).encode()
+    except (TypeError, ValueError) as error:
+        raise InvalidRequest(f"What is to be sent cannot be written as JSON: {error}.") from error
+
+
+def _retry_after(headers: Any) -> float | None:
+    """Seconds, from either form that RFC 9110 allows; None when it is absent or unreadable."""
+    value = headers.get("Retry-After", "").strip()
+    try:
+        return min(max(0.0, float(value)), 86_400.0)
+    except ValueError:
+        pass
+    try:
+        return min(max(0.0, parsedate_to_datetime(value).timestamp() - time.time()), 86_400.0)
+    except ValueError:
+        return None
+
+
+def _words(error: BaseException) -> str:
+    return str(error) or type(error).__name__
+
+
+def _excerpt(body: bytes) -> str:
+    text = " ".join(body[:2000].decode(errors="replace").split())
+    return text[:200] + ("…" if len(text) > 200 else "") if text else "an empty body"
