@@ -25,6 +25,9 @@ from envd.agent.windows import Windows
 
 log = logging.getLogger("envd.agent")
 
+_PREPARE_AFTER = 1.0
+"""Seconds to wait for a first request; usually somebody is asking already whether the desktop is up."""
+
 
 class Agent:
     """All that one desktop's agent owns: its parts, and the processes and threads behind them."""
@@ -35,6 +38,7 @@ class Agent:
         self.warm = WarmInterpreter(self.processes)
         self.screen = Screen(self.limits)
         self.recorder = Recorder(self.screen)
+        self.answered = asyncio.Event()
 
     def routes(self) -> list[web.RouteDef]:
         limits, processes, screen = self.limits, self.processes, self.screen
@@ -64,7 +68,8 @@ class Agent:
         return web.Response(text=platform.system())
 
     async def prepare(self) -> None:
-        """Get ready what the first picture and the first click need."""
+        """Get ready what the first picture and the first click need, out of the way of the first answer."""
+        await asyncio.wait([asyncio.ensure_future(self.answered.wait())], timeout=_PREPARE_AFTER)
         self.screen.prepare()
         await self.warm.prepare()
 
@@ -124,6 +129,8 @@ async def _json_errors(request: web.Request, handler: Handler) -> web.StreamResp
     except Exception as error:  # the boundary: everything must be answered, and the traceback kept
         log.exception("%s %s failed", request.method, request.path)
         return problem(500, f"{request.path} failed in a way nobody foresaw: {type(error).__name__}: {error}")
+    finally:
+        request.app[AGENT].answered.set()
 
 
 def _translated(request: web.Request, error: web.HTTPException) -> web.StreamResponse:
