@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import string
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import pytest
@@ -43,6 +43,7 @@ from envd.actions.uitars import (
     Type,
     parse,
 )
+from envd.agent.input import is_input_program
 
 SCREEN = Frame(1920, 1080)
 AT = Point(99.379, 197.802)
@@ -57,11 +58,13 @@ class Guest:
     text: str = ""
     clipboard: str = ""
     seconds: float = 0.0
-    calls: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.pyautogui = SimpleNamespace(write=self.write, press=self.press, hotkey=self.hotkey, PAUSE=0.1)
 
     def run(self, code: str) -> Guest:
         modules = {
-            "pyautogui": SimpleNamespace(write=self.write, press=self.press, hotkey=self.hotkey),
+            "pyautogui": self.pyautogui,
             "pyperclip": SimpleNamespace(copy=self.copy),
             "time": SimpleNamespace(sleep=self.sleep),
         }
@@ -72,21 +75,21 @@ class Guest:
         exec(compile(code, "<program>", "exec"), {"__builtins__": {"__import__": load}})
         return self
 
-    def write(self, text: str, interval: float, _pause: bool = True) -> None:
+    def write(self, text: str, interval: float) -> None:
         keyboard = string.ascii_letters + string.digits + string.punctuation + " \t\n"
         for character in text:
             self.seconds += interval + KEY_COST
             self.text += ">" if character == "<" else character if character in keyboard else ""
-        self.rest(_pause)
+        self.rest()
 
     def press(self, key: str) -> None:
         self.text += {"enter": "\n"}[key]
-        self.rest(True)
+        self.rest()
 
-    def hotkey(self, *keys: str, _pause: bool = True) -> None:
+    def hotkey(self, *keys: str) -> None:
         self.seconds += 2 * KEY_COST
         self.text += {"shift ,": "<", "ctrl v": self.clipboard}[" ".join(keys)]
-        self.rest(_pause)
+        self.rest()
 
     def copy(self, text: str) -> None:
         self.clipboard = text
@@ -94,8 +97,8 @@ class Guest:
     def sleep(self, seconds: float) -> None:
         self.seconds += seconds
 
-    def rest(self, pause: bool) -> None:
-        self.seconds += 0.1 if pause else 0.0
+    def rest(self) -> None:
+        self.seconds += self.pyautogui.PAUSE
 
 
 def body(code: str) -> list[str]:
@@ -108,14 +111,14 @@ def plan(prediction: str) -> tuple[Step, ...]:
 
 
 def assert_harmless(code: str) -> None:
-    """Imports, the fail-safe, and calls of three modules with literal arguments; and short enough to be sent."""
+    """Imports, two settings, and calls of three modules with literal arguments; and short enough to be sent."""
     assert code.isascii()
     assert len(code) < LONGEST_ARGUMENT
     for statement in ast.parse(code).body:
         match statement:
             case ast.Import(names=[ast.alias(name="pyautogui" | "time" | "pyperclip", asname=None)]):
                 pass
-            case ast.Assign(targets=[ast.Attribute(ast.Name("pyautogui"), "FAILSAFE")], value=ast.Constant(False)):
+            case ast.Assign([ast.Attribute(ast.Name("pyautogui"), "FAILSAFE" | "PAUSE")], ast.Constant(False | 0)):
                 pass
             case ast.Expr(ast.Call(ast.Attribute(ast.Name("pyautogui" | "time" | "pyperclip")), positional, named)):
                 for argument in (*positional, *(keyword.value for keyword in named)):
@@ -157,9 +160,10 @@ def assert_harmless(code: str) -> None:
         pytest.param(
             Type("<b>"),
             [
-                "pyautogui.hotkey('shift', ',', _pause=False)",
+                "pyautogui.PAUSE = 0",
+                "pyautogui.hotkey('shift', ',')",
                 "time.sleep(0.1)",
-                "pyautogui.write('b>', interval=0.1, _pause=False)",
+                "pyautogui.write('b>', interval=0.1)",
                 "time.sleep(0.5)",
             ],
             id="less-than",
@@ -317,6 +321,7 @@ predictions = st.lists(calls, max_size=4).map(lambda found: "Action: " + "\n\n".
 @example("Action: type(content='" + "\x01" * (MAX_PREDICTION_BYTES - 30) + "')")
 @example("Action: type(content='" + "<" * (MAX_PREDICTION_BYTES - 30) + "')")
 def test_a_prediction_is_harmless_programs_or_a_prediction_error(prediction: str) -> None:
+    """And the guest agent runs all but the pasting ones in its warm interpreter."""
     try:
         planned = plan(prediction)
     except PredictionError:
@@ -325,3 +330,4 @@ def test_a_prediction_is_harmless_programs_or_a_prediction_error(prediction: str
     for step in planned:
         if isinstance(step, Program):
             assert_harmless(step.code)
+            assert is_input_program(step.code) is not ("\nimport pyperclip\n" in step.code)

@@ -9,6 +9,7 @@ The model's thought is in no program, and its text is only ever in a string lite
 
 from __future__ import annotations
 
+import re
 import string
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -178,18 +179,14 @@ def interval_for(length: int) -> float:
 
 def _writing(text: str, interval: float) -> list[str]:
     """pyautogui finds `<` on the key beside the left shift, holds shift for it, and types `>` (seen on Xvfb)."""
-    first, *rest = text.split("<")
-    if not rest:
-        return [f"pyautogui.write({text!a}, interval={interval})"]
-    lines = [_write_on(first, interval)] if first else []
-    for piece in rest:
-        lines.append("pyautogui.hotkey('shift', ',', _pause=False)")
-        lines.append(f"time.sleep({interval})")
-        if piece:
-            lines.append(_write_on(piece, interval))
+    if "<" not in text:
+        return [_write(text, interval)]
+    # pyautogui rests 0.1 s after every call; over a page of HTML that would be minutes.
+    lines = ["pyautogui.PAUSE = 0"]
+    for piece in re.findall("<|[^<]+", text):
+        lines += [_hotkey("<"), f"time.sleep({interval})"] if piece == "<" else [_write(piece, interval)]
     return lines
 
 
-def _write_on(text: str, interval: float) -> str:
-    # pyautogui rests 0.1 s after every call; over a page of HTML that would be minutes.
-    return f"pyautogui.write({text!a}, interval={interval}, _pause=False)"
+def _write(text: str, interval: float) -> str:
+    return f"pyautogui.write({text!a}, interval={interval})"
