@@ -161,10 +161,7 @@ class _Grabber:
             self._mss.close()
             self._mss = None
         if self._display is not None:
-            try:
-                self._display.close()
-            except self._failures:
-                pass
+            x11.close(self._display)
             self._display = None
 
     def _screen_size(self) -> tuple[int, int]:

@@ -40,10 +40,17 @@ def connection() -> Iterator[Any]:
         raise NoDisplay(reason) from reason
     finally:
         if display is not None:
-            try:
-                display.close()
-            except (error.ConnectionClosedError, OSError):
-                pass
+            close(display)
+
+
+def close(display: Any) -> None:
+    """Close an Xlib Display, also one whose server has gone, which Xlib itself would leave open."""
+    from Xlib.error import ConnectionClosedError
+
+    try:
+        display.close()
+    except (ConnectionClosedError, OSError):
+        display.display.socket.close()
 
 
 def size() -> tuple[int, int]:
