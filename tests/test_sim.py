@@ -16,6 +16,7 @@ import aiohttp
 import pytest
 from PIL import Image
 
+from envd.drivers import make_driver
 from envd.drivers.base import InstanceSpec
 from envd.drivers.sim import BAD, PRESETS, Behaviour, Click, Desktop, SimDriver, boots_in_flight_max
 from envd.drivers.sim.gui import Gui, run_python
@@ -24,7 +25,8 @@ from envd.models import Endpoints
 from envd.settings import load
 
 SCREEN = (640, 480)
-SHORT = aiohttp.ClientTimeout(total=0.3)
+SHORT = aiohttp.ClientTimeout(total=0.2)
+AMPLE = aiohttp.ClientTimeout(total=30)
 PREFIX = "import pyautogui; import time; pyautogui.FAILSAFE = False; "
 
 
@@ -45,13 +47,13 @@ async def running(
         yield driver, driver.desktops["d-0"], ports, http
 
 
-async def get(http: aiohttp.ClientSession, url: str) -> tuple[int, bytes]:
-    async with http.get(url, timeout=SHORT, allow_redirects=False) as response:
+async def get(http: aiohttp.ClientSession, url: str, timeout: aiohttp.ClientTimeout = AMPLE) -> tuple[int, bytes]:
+    async with http.get(url, timeout=timeout, allow_redirects=False) as response:
         return response.status, await response.read()
 
 
 async def execute(http: aiohttp.ClientSession, ports: Endpoints, command: Any, **more: Any) -> Any:
-    async with http.post(f"{ports.guest}/execute", json={"command": command, **more}, timeout=SHORT) as response:
+    async with http.post(f"{ports.guest}/execute", json={"command": command, **more}, timeout=AMPLE) as response:
         return await response.json()
 
 
@@ -126,6 +128,12 @@ def test_a_setting_that_cannot_be_used_is_refused_with_what_to_do(text: str, com
         sim(sim=text)
     assert complaint in caught.value.detail
     assert "Presets: fast, slow" in caught.value.hint
+
+
+def test_the_driver_is_had_by_its_name() -> None:
+    driver = make_driver(load({"PROVIDER": "sim", "ENVD_SIM": "slow"}, env_file=None), "daemon")
+    assert isinstance(driver, SimDriver)
+    assert driver.behaviours == PRESETS["slow"]
 
 
 # Looking
@@ -241,7 +249,8 @@ async def test_a_programs_waits_pass_at_the_pace_that_was_told() -> None:
     await run_python("import time; time.sleep(30)", Gui(SCREEN), pace=0)
     middle = loop.time()
     await run_python("import pyautogui; pyautogui.write('abcd', interval=0.1)", Gui(SCREEN), pace=0.25)
-    assert middle - start < 0.1 <= loop.time() - middle
+    assert middle - start < 20
+    assert loop.time() - middle >= 0.1
 
 
 @pytest.mark.parametrize(
@@ -404,7 +413,7 @@ async def test_never_accepts_connections_and_does_not_answer() -> None:
         assert not await refused(ports.guest)
         for url in (f"{ports.guest}/screenshot", f"{ports.cdp}/json/version"):
             with pytest.raises(TimeoutError):
-                await get(http, url)
+                await get(http, url, SHORT)
 
 
 async def test_refuse_never_opens_a_port() -> None:
@@ -460,7 +469,7 @@ async def test_each_bad_screenshot_is_bad_in_its_way(way: Any, is_so: Any) -> No
 async def test_each_bad_connection_fails_in_its_way(way: Any, error: type[Exception]) -> None:
     async with running(Behaviour(flaky=1, bad=(way,))) as (_, _, ports, http):
         with pytest.raises(error):
-            await get(http, f"{ports.guest}/screenshot")
+            await get(http, f"{ports.guest}/screenshot", SHORT if error is TimeoutError else AMPLE)
 
 
 async def test_a_huge_answer_goes_on_until_the_client_has_had_enough() -> None:
@@ -475,7 +484,7 @@ async def test_no_bad_answer_makes_a_desktop_ready(way: Any) -> None:
     async with running(Behaviour(flaky=1, bad=(way,))) as (_, desktop, ports, http):
         for url in (f"{ports.guest}/screenshot", f"{ports.cdp}/json/list"):
             try:
-                await get(http, url)
+                await get(http, url, SHORT)
             except (aiohttp.ClientError, TimeoutError):
                 pass
         assert not desktop.ready.is_set()
@@ -494,7 +503,8 @@ async def test_hanging_takes_no_input_once_it_is_ready() -> None:
         assert (await execute(http, ports, "true"))["returncode"] == 0
         await make_ready(http, ports)
         with pytest.raises(TimeoutError):
-            await execute(http, ports, ["python", "-c", PREFIX])
+            async with asyncio.timeout(0.2):
+                await execute(http, ports, ["python", "-c", PREFIX])
         assert desktop.inputs == []
         assert (await get(http, f"{ports.guest}/screenshot"))[0] == 200
 
@@ -522,7 +532,7 @@ async def test_trouble_can_wait_and_be_changed_while_the_desktop_runs() -> None:
         desktop.behaviour = Behaviour(hang="*")
         for url in (f"{ports.guest}/platform", f"{ports.cdp}/json/version"):
             with pytest.raises(TimeoutError):
-                await get(http, url)
+                await get(http, url, SHORT)
 
 
 async def test_dying_dies_while_it_boots_with_its_reason() -> None:
@@ -545,18 +555,15 @@ async def test_dying_later_counts_from_being_ready() -> None:
 
 
 async def test_the_same_seed_fails_the_same_instances() -> None:
-    async def struck(seed: int) -> list[bool]:
-        async with sim(Behaviour(fail=0.5, seed=seed, boot_s=0.01)) as driver:
-            for number in range(12):
-                await create(driver, f"d-{number}")
-            deaths = [asyncio.create_task(driver.wait(name)) for name in driver.desktops]
-            done, waiting = await asyncio.wait(deaths, timeout=0.2)
-            for task in waiting:
-                task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
-            return [task in done for task in deaths]
+    async def survivors(seed: int) -> list[bool]:
+        async with sim(Behaviour(fail=0.5, seed=seed)) as driver:
+            opened = [not await refused((await create(driver, f"d-{number}")).guest) for number in range(12)]
+            for name, alive in zip(list(driver.desktops), opened, strict=True):
+                if not alive:
+                    await driver.wait(name)
+            return opened
 
-    first, again, other = [await struck(seed) for seed in (1, 1, 2)]
+    first, again, other = [await survivors(seed) for seed in (1, 1, 2)]
     assert first == again
     assert first != other
     assert 0 < sum(first) < 12

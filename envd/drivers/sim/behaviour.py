@@ -75,7 +75,8 @@ class Behaviour:
     answer_s: float = 0.0
     """Every answer of the guest takes so long more."""
     pace: float = 0.0
-    """How much of the waits inside a program (sleep, interval, duration) really passes. 1 is real time."""
+    """How much of the waits inside a program (sleep, interval, duration) really passes. 1 is real time.
+    Where it is not 0, a client that hangs up ends its program, which the published guest server would finish."""
     trouble_s: float = 0.0
     """`hang`, `lose` and `spoil` begin so long after it became ready."""
     hang: str = ""

@@ -8,6 +8,8 @@ from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Self
 
+import anyio
+
 from ...errors import BootFailed, InfraError
 from ...models import Endpoints
 from ..base import Death, Driver, InstanceSpec, Report, Traits
@@ -56,8 +58,8 @@ class SimDriver(Driver):
     async def __aexit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for desktop in list(self.desktops.values()):
-            await desktop.close()
+        with anyio.move_on_after(10, shield=True):
+            await asyncio.gather(*(desktop.close() for desktop in self.desktops.values()))
         self.desktops.clear()
 
     async def create(self, spec: InstanceSpec, report: Report) -> Endpoints:
