@@ -17,6 +17,8 @@ from aiohttp import web
 from envd.agent.app import AGENT, Agent, create_app, runner_of
 from envd.agent.limits import Limits
 
+_servers: dict[str, int] = {}
+
 PREFIX = "import pyautogui; import time; pyautogui.FAILSAFE = False; "
 
 
@@ -50,10 +52,11 @@ def x_server(size: str = "1280x720", display: str | None = None) -> Iterator[str
     where = ["-displayfd", str(writer)] if display is None else [display, "-displayfd", str(writer)]
     argv = ["Xvfb", *where, "-screen", "0", f"{size}x24", "-nolisten", "tcp", "-noreset"]
     try:
-        with running(argv, pass_fds=[writer]):
+        with running(argv, pass_fds=[writer]) as server:
             os.close(writer)
             number = os.read(reader, 16).decode().strip()
             assert number, "Xvfb did not start"
+            _servers[f":{number}"] = server.pid
             yield f":{number}"
     finally:
         os.close(reader)
@@ -145,8 +148,8 @@ def _numbers(path: Path) -> list[int]:
 
 
 def pid_of(display: str) -> int:
-    """The process id of an X server of ours, from the lock file that every X server writes."""
-    return int(Path(f"/tmp/.X{display[1:]}-lock").read_text())
+    """The process id of an X server of ours."""
+    return _servers[display]
 
 
 def alive(pid: int) -> bool:

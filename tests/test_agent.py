@@ -539,7 +539,7 @@ async def test_an_upload_keeps_the_permissions_of_what_it_replaces(guest: Client
     (tmp_path / "script").write_text("old")
     (tmp_path / "script").chmod(0o751)
     (tmp_path / "link").symlink_to("script")
-    await guest.form("/setup/upload", file_path=str(tmp_path / "link"), file_data=b"new")
+    await guest.form("/setup/upload", file_path=str(tmp_path / "link"), file_data=io.BytesIO(b"new"))
     assert (tmp_path / "link").is_symlink()
     assert ((tmp_path / "script").read_text(), (tmp_path / "script").stat().st_mode & 0o777) == ("new", 0o751)
 
@@ -676,10 +676,10 @@ async def test_opening_a_file_waits_for_its_window_and_activates_it(
 ) -> None:
     applications = home(desktop) / ".local/share/applications"
     applications.mkdir(parents=True)
-    entry = (
-        "[Desktop Entry]\nType=Application\nName=Show\nExec=sh -c 'sleep 0.7; exec xterm -T \"$0\" -e sleep 60' %f\n"
-    )
-    (applications / "show.desktop").write_text(entry)
+    viewer = applications / "viewer"
+    viewer.write_text('#!/bin/sh\nsleep 0.7\nexec xterm -T "$1" -e sleep 60\n')
+    viewer.chmod(0o755)
+    (applications / "show.desktop").write_text(f"[Desktop Entry]\nType=Application\nName=Show\nExec={viewer} %f\n")
     (applications / "mimeapps.list").write_text("[Default Applications]\ntext/plain=show.desktop\n")
     (tmp_path / "report.txt").write_text("text")
     status, text = await guest.post("/setup/open_file", path=str(tmp_path / "report.txt"))

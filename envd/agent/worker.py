@@ -54,5 +54,8 @@ class Worker:
 
 async def result_of(future: Future[T], seconds: float) -> T:
     """Wait for a future that others may be waiting for too: giving up does not cancel it for them."""
+    ours = asyncio.wrap_future(future)
+    # Once nobody waits for it any more, a failure is no news.
+    ours.add_done_callback(lambda done: done.cancelled() or done.exception())
     async with asyncio.timeout(seconds):
-        return await asyncio.shield(asyncio.wrap_future(future))
+        return await asyncio.shield(ours)
