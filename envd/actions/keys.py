@@ -1,8 +1,8 @@
 """The keys a model may name, and what pyautogui calls them.
 
-`KEYS` are the names that press something on an X11 guest. pyautogui knows about thirty more (`volumeup`,
-`browserback`, `fn` …) but has no X11 key behind them, and ignores them as silently as it ignores names it has
-never heard of; so here they are unknown too, and the model is told.
+`KEYS` are the names that pyautogui has an X11 key for (the rarest, such as f13 to f24 and `select`, only where the
+guest's keyboard map has them). It knows about thirty more (`volumeup`, `browserback`, `fn` …) that have none, and
+ignores them as silently as names it has never heard of; so here they are unknown too, and the model is told.
 """
 
 from __future__ import annotations
