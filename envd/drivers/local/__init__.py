@@ -1,0 +1,465 @@
+"""The embedded driver: a desktop is a process group on this host, in bubblewrap (`PROVIDER=local`).
+
+One desktop is a private X server, openbox, Chromium and our guest agent under a supervisor (`supervisor.py`), which
+sees what `sandbox.py` gives it. No desktop outlives the daemon: bubblewrap dies with the process that started it, and
+takes the desktop's process namespace with it.
+
+Nothing is chosen before it is held, so nobody can take it in between:
+
+* the agent inherits a socket that listens already, so its port accepts from the first moment;
+* Chromium cannot inherit one. A socket of ours is bound to its port and never listens, which by SO_REUSEADDR (Chromium
+  sets it too) lets a listener in, and keeps the kernel from giving the port away, also while Chromium is restarted;
+* the X server's number is held by a socket of ours on its abstract name (unix(7)). The network namespace is shared, so
+  X clients would find another server of this host there; now they are refused, and go on to the private /tmp.
+
+With `ENVD_LOCAL_UNSANDBOXED=1` the same processes run without bubblewrap. Weaker then: they see the user's files and
+processes, /tmp is shared, `pkill chrome` finds no process of that name, and what a desktop started is found by its
+parent and its environment, so a program that gets rid of both and whose supervisor is killed survives.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Any, ClassVar, Self
+from weakref import WeakValueDictionary
+
+import anyio
+
+from ...errors import BootFailed, InfraError, StartError
+from ...models import Endpoints
+from ...settings import Settings
+from ..base import Death, Driver, InstanceSpec, Report, Traits
+from . import sandbox
+from .supervisor import Config, Program, descendants, parents
+
+_ID = re.compile(r"[a-z0-9-]{1,63}")
+_SPAWN_SECONDS = 10.0
+_END_SECONDS = 10.0
+_MARK = "DESKTOP_DIRECTORY"
+
+
+class LocalDriver(Driver):
+    """Desktops of one daemon, under `state_dir/local`. A state directory has one daemon, so all there are ours."""
+
+    name: ClassVar[str] = "local"
+    traits: ClassVar[Traits] = Traits(
+        boot_width=1, make_before_break=True, prewarm=False, probe_interval_s=0.03, monitor_interval_s=0.5
+    )
+
+    def __init__(self, settings: Settings, daemon_id: str) -> None:
+        self._sandboxed = not settings.local_unsandboxed
+        self._state_dir = settings.state_dir.absolute()
+        self._root = self._state_dir / "local"
+        self._desktops: dict[str, _Desktop] = {}
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._watchers = anyio.create_task_group()
+
+    async def __aenter__(self) -> Self:
+        """Raises MissingDependency for a missing package, StartError where the kernel forbids the sandbox."""
+        await anyio.to_thread.run_sync(lambda: sandbox.require_programs(sandboxed=self._sandboxed))
+        await anyio.to_thread.run_sync(sandbox.lay_out_root, self._root)
+        if self._sandboxed:
+            await self._try_sandbox()
+        await self._watchers.__aenter__()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """The desktops that are left end, since they cannot outlive this process. `list` still tells of them."""
+        with anyio.CancelScope(shield=True):
+            for desktop in self._desktops.values():
+                await desktop.end()
+        # Every watcher ends with its desktop. What went wrong in the caller's block is not the group's business.
+        await self._watchers.__aexit__(None, None, None)
+        self._desktops.clear()
+
+    async def create(self, spec: InstanceSpec, report: Report) -> Endpoints:
+        """Returns once X accepts connections: no probe can pass earlier."""
+        if not _ID.fullmatch(spec.id):
+            raise BootFailed(f"{spec.id!r} is no id for a desktop: [a-z0-9-], at most 63 characters.")
+        report("starting the X server")
+        async with self._lock(spec.id):
+            with anyio.CancelScope(shield=True):  # takes milliseconds; half of it could not be found again
+                desktop = await self._start(spec)
+        await desktop.drawn.wait()
+        if desktop.death is not None:
+            tail = await self.log_tail(spec.id)
+            raise BootFailed(f"The desktop died before X was up: {desktop.death.reason}.", phase="create", log=tail)
+        report("X server is up; Chromium and the guest server are starting")
+        return desktop.endpoints
+
+    async def destroy(self, instance_id: str) -> None:
+        if not _ID.fullmatch(instance_id):
+            return
+        directory = self._directory(instance_id)
+        async with self._lock(instance_id):
+            desktop = self._desktops.get(instance_id)
+            if desktop is not None:
+                await desktop.end()
+            try:
+                await anyio.to_thread.run_sync(_sweep, directory, desktop is None or not self._sandboxed)
+            except OSError as error:
+                raise InfraError(
+                    f"The desktop {instance_id} could not be removed: {error}.", hint=f"Look at {directory}."
+                ) from error
+            self._desktops.pop(instance_id, None)
+
+    async def list(self) -> frozenset[str]:
+        names = await anyio.to_thread.run_sync(os.listdir, self._root / "desktops")
+        return frozenset(name for name in names if _ID.fullmatch(name))
+
+    async def wait(self, instance_id: str) -> Death:
+        desktop = self._desktops.get(instance_id)
+        if desktop is None:
+            return Death("no such desktop")
+        return await desktop.dead()
+
+    async def log_tail(self, instance_id: str, lines: int = 40) -> tuple[str, ...]:
+        if not _ID.fullmatch(instance_id):
+            return ()
+        return await anyio.to_thread.run_sync(_tail, self._directory(instance_id) / "log", lines)
+
+    def _directory(self, instance_id: str) -> Path:
+        return self._root / "desktops" / instance_id
+
+    def _lock(self, instance_id: str) -> asyncio.Lock:
+        return self._locks.setdefault(instance_id, asyncio.Lock())
+
+    async def _try_sandbox(self) -> None:
+        """Run `true` in the sandbox of a desktop, so that a host that forbids it says so at start."""
+        trial = self._directory(".trial")
+        await anyio.to_thread.run_sync(sandbox.remove, trial)
+        await anyio.to_thread.run_sync(sandbox.lay_out_desktop, trial)
+        command = sandbox.bubblewrap(self._root, trial, hide=self._state_dir, status=1)
+        try:
+            with anyio.fail_after(_SPAWN_SECONDS):
+                done = await anyio.run_process([*command, "true"], check=False)
+            complaint = done.stderr.decode(errors="replace").strip()
+            failed = done.returncode != 0
+        except TimeoutError:
+            complaint, failed = f"no answer within {_SPAWN_SECONDS:g} s", True
+        await anyio.to_thread.run_sync(sandbox.remove, trial)
+        if failed:
+            raise StartError(
+                f"bubblewrap cannot make a sandbox here: {complaint}.",
+                hint="It needs version 0.8 or newer and user namespaces: sysctl -w kernel.unprivileged_userns_clone=1 "
+                "(Debian), sysctl -w kernel.apparmor_restrict_unprivileged_userns=0 (Ubuntu), or in a container "
+                "--security-opt seccomp=unconfined. ENVD_LOCAL_UNSANDBOXED=1 runs desktops without a sandbox; they "
+                "can then read your files.",
+            )
+
+    async def _start(self, spec: InstanceSpec) -> _Desktop:
+        directory = self._directory(spec.id)
+        try:
+            log_fd = await anyio.to_thread.run_sync(_prepare, directory)
+        except FileExistsError as error:
+            raise BootFailed(f"There is a desktop {spec.id} already.", phase="create") from error
+        except OSError as error:
+            raise BootFailed(f"The desktop's files cannot be made: {error}.", phase="create") from error
+        with contextlib.ExitStack() as ours, contextlib.ExitStack() as handed_over:
+            handed_over.callback(os.close, log_fd)
+            agent = handed_over.enter_context(socket.create_server(("127.0.0.1", 0)))
+            status, status_write = os.pipe()
+            handed_over.callback(os.close, status_write)
+            bwrap_status = os.dup(status_write)
+            handed_over.callback(os.close, bwrap_status)
+            cdp = ours.enter_context(_reserved_port())
+            display_socket, display = _reserved_display(shared_tmp=not self._sandboxed)
+            ours.enter_context(display_socket)
+            status_pipe = ours.enter_context(open(status, "rb", buffering=0))  # noqa: ASYNC230 - a pipe
+            places = sandbox.INSIDE if self._sandboxed else sandbox.outside(self._root, directory)
+            command, environment = [], _environment(places, display, _port(cdp))
+            if self._sandboxed:
+                command = sandbox.bubblewrap(self._root, directory, hide=self._state_dir, status=bwrap_status)
+            else:
+                environment |= {"TMPDIR": places.tmp, _MARK: str(directory)}
+            config = _config(places, display, spec.screen, log_fd=log_fd, agent=agent, sandboxed=self._sandboxed)
+            await anyio.to_thread.run_sync(
+                sandbox.write_cookie, directory / "home" / ".Xauthority", display, self._sandboxed
+            )
+            process = await asyncio.create_subprocess_exec(
+                *(*command, sys.executable, "-I", "-S", str(sandbox.SUPERVISOR), json.dumps(config)),
+                stdin=asyncio.subprocess.PIPE,
+                stdout=status_write,
+                stderr=log_fd,
+                pass_fds=(log_fd, agent.fileno(), bwrap_status),
+                env=environment,
+                cwd=directory / "home",
+                start_new_session=True,
+            )
+            desktop = _Desktop(
+                endpoints=Endpoints(guest=f"http://127.0.0.1:{_port(agent)}", cdp=f"http://127.0.0.1:{_port(cdp)}"),
+                process=process,
+                sandboxed=self._sandboxed,
+                held=ours.pop_all(),
+            )
+        self._desktops[spec.id] = desktop
+        self._watchers.start_soon(desktop.watch, status_pipe)
+        await desktop.entered.wait()
+        return desktop
+
+
+@dataclass(eq=False)
+class _Desktop:
+    """A running desktop: the process that holds it, and what is known of its life."""
+
+    endpoints: Endpoints
+    process: asyncio.subprocess.Process
+    """bubblewrap, or the supervisor itself. Its stdin is the control pipe."""
+    sandboxed: bool
+    held: contextlib.ExitStack
+    """What keeps its port and its display from being given to anyone else."""
+    entered: anyio.Event = field(default_factory=anyio.Event)
+    """The namespace's first process is known (or there will be none)."""
+    drawn: anyio.Event = field(default_factory=anyio.Event)
+    """X accepts connections (or never will)."""
+    over: anyio.Event = field(default_factory=anyio.Event)
+    death: Death | None = None
+    _init: int | None = None
+    """pidfd of the namespace's first process. When that is gone, so is every process of the desktop."""
+    _reason: str = ""
+    _code: int | None = None
+
+    async def watch(self, status: IO[bytes]) -> None:
+        """Follow the desktop to its end. The guest may write to the status pipe too, so nothing there is trusted but
+        the first line, which bubblewrap writes before the guest runs."""
+        reader = asyncio.StreamReader()
+        transport, _ = await asyncio.get_running_loop().connect_read_pipe(
+            lambda: asyncio.StreamReaderProtocol(reader), status
+        )
+        try:
+            if self.sandboxed:
+                self._enter(await _next_event(reader))
+            self.entered.set()
+            while (event := await _next_event(reader)).get("event") == "display":
+                self.drawn.set()
+            self._note_death(event)
+            transport.close()
+            await self.process.wait()
+        finally:
+            transport.close()
+            self._finish()
+
+    async def dead(self) -> Death:
+        await self.over.wait()
+        assert self.death is not None
+        return self.death
+
+    async def end(self) -> None:
+        """Kill the desktop and return when it is gone. Raises InfraError if it does not go."""
+        self._reason = self._reason or "it was destroyed"
+        if self.over.is_set():
+            return
+        if self._init is not None:
+            with contextlib.suppress(ProcessLookupError):
+                signal.pidfd_send_signal(self._init, signal.SIGKILL)
+        elif self.process.stdin is not None:
+            self.process.stdin.close()  # the supervisor ends what it started, then itself
+        with anyio.move_on_after(_END_SECONDS / 2):
+            await self.over.wait()
+            return
+        with contextlib.suppress(ProcessLookupError):
+            self.process.kill()
+        with anyio.move_on_after(_END_SECONDS / 2):
+            await self.over.wait()
+            return
+        raise InfraError(
+            f"Process {self.process.pid} of a desktop did not end within {_END_SECONDS:g} s of SIGKILL.",
+            hint="A process that hangs in the kernel (a dead network mount, a full disk) can only be waited for.",
+        )
+
+    def _enter(self, first: dict[str, Any]) -> None:
+        pid = first.get("child-pid")
+        if isinstance(pid, int):
+            with contextlib.suppress(ProcessLookupError):
+                self._init = os.pidfd_open(pid)
+
+    def _note_death(self, event: dict[str, Any]) -> None:
+        if event.get("event") == "death" and not self._reason:
+            what, code, by = event.get("what"), event.get("code"), event.get("signal")
+            self._reason = f"{what!s:.80} {_ending(code, by)}"
+            self._code = code if isinstance(code, int) and not isinstance(by, int) else None
+
+    def _finish(self) -> None:
+        code = self.process.returncode
+        if not self._reason:
+            # bubblewrap reports a signal in the way of shells.
+            by = -code if code is not None and code < 0 else code - 128 if code is not None and code > 128 else None
+            self._reason, self._code = f"the desktop's supervisor {_ending(code, by)}", code
+        self.death = Death(self._reason, self._code)
+        self.held.close()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
+        if self._init is not None:
+            os.close(self._init)
+            self._init = None
+        for event in (self.over, self.drawn, self.entered):
+            event.set()
+
+
+async def _next_event(reader: asyncio.StreamReader) -> dict[str, Any]:
+    """The next JSON object, or an empty one at the end and for anything else."""
+    try:
+        event = json.loads(await reader.readline() or b"{}")
+    except ValueError:
+        return {}
+    return event if isinstance(event, dict) else {}
+
+
+def _ending(code: object, by: object) -> str:
+    if isinstance(by, int):
+        try:
+            return f"was killed by {signal.Signals(by).name}"
+        except ValueError:
+            return f"was killed by signal {by}"
+    return f"ended with code {code}"
+
+
+def _reserved_port() -> socket.socket:
+    """A port of 127.0.0.1 for somebody else to listen on."""
+    reservation = socket.socket()
+    reservation.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    reservation.bind(("127.0.0.1", 0))
+    return reservation
+
+
+def _reserved_display(*, shared_tmp: bool) -> tuple[socket.socket, int]:
+    """The first display number that no X server of this host has. Where /tmp is shared, one that keeps to its files
+    (`-nolisten local`) can still take it before ours is up."""
+    reservation = socket.socket(socket.AF_UNIX)
+    for number in range(10_000):
+        if shared_tmp and any(os.path.lexists(path) for path in _x_files(number)):
+            continue
+        with contextlib.suppress(OSError):
+            reservation.bind(f"\0/tmp/.X11-unix/X{number}")
+            return reservation, number
+    reservation.close()
+    raise BootFailed("No X display number is free on this host.", phase="create")
+
+
+def _x_files(display: int) -> list[str]:
+    return [f"/tmp/.X{display}-lock", f"/tmp/.X11-unix/X{display}"]
+
+
+def _port(sock: socket.socket) -> int:
+    port: int = sock.getsockname()[1]
+    return port
+
+
+def _environment(places: sandbox.Places, display: int, cdp_port: int) -> dict[str, str]:
+    """Nothing of the daemon's own environment, which holds secrets."""
+    return {
+        "HOME": places.home,
+        "USER": "user",
+        "LOGNAME": "user",
+        "SHELL": "/bin/bash",
+        "PATH": f"{places.programs}:/usr/local/bin:/usr/bin:/bin:/usr/local/games:/usr/games",
+        "LANG": "C.UTF-8",
+        "DISPLAY": f":{display}",
+        "XAUTHORITY": f"{places.home}/.Xauthority",
+        "XDG_RUNTIME_DIR": places.runtime,
+        "XDG_SESSION_TYPE": "x11",
+        "DBUS_SESSION_BUS_ADDRESS": f"unix:path={places.runtime}/bus",
+        "DESKTOP_CHROME": places.chrome,
+        "DESKTOP_CDP_PORT": str(cdp_port),
+    }
+
+
+def _config(
+    places: sandbox.Places,
+    display: int,
+    screen: tuple[int, int],
+    *,
+    log_fd: int,
+    agent: socket.socket,
+    sandboxed: bool,
+) -> Config:
+    def program(name: str, *argv: str, essential: bool = False, inherits: int | None = None) -> Program:
+        return Program(name=name, argv=list(argv), essential=essential, socket=inherits)
+
+    bus = f"unix:path={places.runtime}/bus"
+    port = str(_port(agent))
+    return Config(
+        status=1,
+        control=0,
+        log=log_fd,
+        litter=[] if sandboxed else _x_files(display),
+        subreaper=not sandboxed,
+        x=program(
+            *("X server", "Xvfb", f":{display}", "-displayfd", "3", "-screen", "0", f"{screen[0]}x{screen[1]}x24"),
+            *("-nolisten", "tcp", "-nolisten", "local", "-noreset", "-s", "0", "-auth", f"{places.home}/.Xauthority"),
+            essential=True,
+        ),
+        beside_x=[
+            # Nobody knows its port before X is up, and it does not look at X before it is asked.
+            program(
+                *("guest server", "python", "-m", "envd.agent", "--host", "127.0.0.1", "--port", port, "--fd", "3"),
+                essential=True,
+                inherits=agent.fileno(),
+            ),
+            program("dbus", "dbus-daemon", "--session", f"--address={bus}", "--nofork", "--nopidfile", "--nosyslog"),
+        ],
+        after_x=[
+            program("chromium", "google-chrome", "--remote-debugging-port=1337", "about:blank"),
+            program("window manager", "openbox", "--sm-disable", essential=True),
+            program("background", "xsetroot", "-solid", "#30506a"),
+        ],
+    )
+
+
+def _prepare(directory: Path) -> int:
+    """Make the desktop's files. Returns its log, open for reading and appending."""
+    sandbox.lay_out_desktop(directory)
+    return os.open(directory / "log", os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
+
+
+def _tail(path: Path, lines: int) -> tuple[str, ...]:
+    try:
+        with path.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 65536))
+            text = file.read().decode(errors="replace")
+    except OSError:
+        return ()
+    return tuple(text.splitlines()[-lines:])
+
+
+def _sweep(directory: Path, search: bool) -> None:
+    """Remove a desktop's files and, where no handle tells that they are gone, its processes. Raises OSError."""
+    if not directory.exists():
+        return
+    deadline = time.monotonic() + _END_SECONDS
+    while search and (left := set(_processes_of(directory))):
+        if time.monotonic() > deadline:
+            raise OSError(f"processes {sorted(left)} do not end")
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    sandbox.remove(directory)
+
+
+def _processes_of(directory: Path) -> Iterator[int]:
+    """bubblewraps that were given the directory, and what carries its name in its environment, with all below."""
+    given, mark = os.fsencode(directory / "home"), os.fsencode(f"{_MARK}={directory}")
+    for pid in parents():
+        try:
+            argv = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            environ = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if mark in environ or (os.path.basename(argv[0]) == b"bwrap" and given in argv):
+            yield pid
+            yield from descendants(pid)

@@ -1,0 +1,254 @@
+"""The first process of a `local` desktop: starts its programs in order, tells the driver, and ends with the desktop.
+
+Run as a file by a bare interpreter (`python -I -S supervisor.py CONFIG`), since every import here delays every reset;
+so it uses the standard library alone, and of that little. CONFIG is JSON, see `Config`.
+
+It writes JSON lines to the status pipe: {"event": "display"} once X accepts connections, and {"event": "death",
+"what": …, "code": …, "signal": …} as its last word when a program died without which there is no desktop. It ends when
+the control pipe does, which happens when the driver closes it or dies.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import selectors
+import signal
+import sys
+import time
+from typing import TypedDict
+
+LOG_LIMIT = 1024 * 1024
+"""Bytes. A longer log loses its first half."""
+LONGEST_LINE = 4096
+
+
+class Program(TypedDict):
+    name: str
+    argv: list[str]
+    essential: bool
+    """Whether the desktop ends with it."""
+    socket: int | None
+    """A listening socket that it gets as file descriptor 3."""
+
+
+class Config(TypedDict):
+    status: int
+    control: int
+    log: int
+    x: Program
+    """Its file descriptor 3 is where it says that it is up."""
+    beside_x: list[Program]
+    """Started at once: they need X late, or not at all."""
+    after_x: list[Program]
+    litter: list[str]
+    """Files to remove at the end, where no private /tmp goes with the desktop."""
+    subreaper: bool
+    """Outside of a pid namespace, the only way to find what was started and left its parent."""
+
+
+class Supervisor:
+    """The programs of one desktop and their output."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.started = time.monotonic()
+        self.programs: dict[int, Program] = {}
+        self.partial: dict[int, tuple[str, bytes]] = {}
+        self.selector = selectors.DefaultSelector()
+
+    def run(self) -> None:
+        """Returns when the desktop is over."""
+        sockets = [program["socket"] for program in self.config["beside_x"]]
+        for fd in (self.config["status"], self.config["control"], self.config["log"], *sockets):
+            if fd is not None:
+                os.set_inheritable(fd, False)
+        wakeup = self._wake_on_child()
+        self._watch(self.config["control"])
+        self._watch(wakeup)
+        display, display_write = os.pipe()
+        self._watch(display)
+        self._start({**self.config["x"], "socket": display_write})
+        for program in self.config["beside_x"]:
+            self._start(program)
+        while True:
+            for key, _ in self.selector.select():
+                if key.fd == self.config["control"]:
+                    return
+                if key.fd == wakeup:
+                    os.read(wakeup, 4096)
+                elif key.fd == display:
+                    self.selector.unregister(display)
+                    if os.read(display, 64):  # else X died instead, and is reaped in a moment
+                        self._x_is_up()
+                else:
+                    self._pump(key.fd)
+            if self._reap():
+                return
+
+    def _wake_on_child(self) -> int:
+        """A file descriptor that becomes readable when a child ended."""
+        read, write = os.pipe()
+        os.set_blocking(write, False)
+        signal.set_wakeup_fd(write)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        return read
+
+    def _watch(self, fd: int) -> None:
+        self.selector.register(fd, selectors.EVENT_READ)
+
+    def _x_is_up(self) -> None:
+        for program in self.config["after_x"]:
+            self._start(program)
+        self._tell(event="display")
+
+    def _start(self, program: Program) -> None:
+        output, child_output = os.pipe()
+        actions: list[tuple[int, int, str, int, int] | tuple[int, int, int]] = [
+            (os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0),
+            (os.POSIX_SPAWN_DUP2, child_output, 1),
+            (os.POSIX_SPAWN_DUP2, child_output, 2),
+        ]
+        passed = program["socket"]
+        if passed is not None:
+            actions.append((os.POSIX_SPAWN_DUP2, passed, 3))
+        try:
+            pid = os.posix_spawnp(program["argv"][0], program["argv"], os.environ, file_actions=actions, setsid=True)
+        except OSError as error:
+            pid = 0
+            self._log(program["name"], f"cannot be started: {error}".encode())
+        os.close(child_output)
+        if passed is not None:
+            os.close(passed)
+        if pid:
+            self.programs[pid] = program
+        elif program["essential"]:
+            self._tell(event="death", what=program["name"], code=127, signal=None)
+            raise SystemExit(1)
+        self.partial[output] = program["name"], b""
+        self._watch(output)
+
+    def _pump(self, fd: int) -> None:
+        """Carry what a program printed to the log, line by line."""
+        name, rest = self.partial[fd]
+        read = os.read(fd, 65536)
+        *lines, rest = (rest + read).split(b"\n")
+        if len(rest) > LONGEST_LINE or (rest and not read):
+            lines, rest = [*lines, rest], b""
+        for line in lines:
+            self._log(name, line[:LONGEST_LINE])
+        self.partial[fd] = name, rest
+        if not read:
+            self.selector.unregister(fd)
+            os.close(fd)
+            del self.partial[fd]
+
+    def _log(self, name: str, line: bytes) -> None:
+        log = self.config["log"]
+        try:
+            os.write(log, b"%8.3f %s: %s\n" % (time.monotonic() - self.started, name.encode(), line))
+            size = os.fstat(log).st_size
+            if size > LOG_LIMIT:
+                kept = os.pread(log, LOG_LIMIT // 2, size - LOG_LIMIT // 2)
+                os.ftruncate(log, 0)
+                os.write(log, kept)  # opened to append
+        except OSError:
+            pass  # a full disk is no reason to end a desktop
+
+    def _reap(self) -> bool:
+        """Collect what ended. True if the desktop ended with it."""
+        dead = self._collect()
+        if not any(program["essential"] for program, _ in dead):
+            return False
+        # What needs X follows it within a moment, and may be seen first.
+        time.sleep(0.01)
+        dead += self._collect()
+        essential = [(program["name"], status) for program, status in dead if program["essential"]]
+        what, status = min(essential, key=lambda one: one[0] != self.config["x"]["name"])
+        code = os.waitstatus_to_exitcode(status)
+        self._tell(event="death", what=what, code=max(code, 0), signal=-code if code < 0 else None)
+        return True
+
+    def _collect(self) -> list[tuple[Program, int]]:
+        dead: list[tuple[Program, int]] = []
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return dead
+            if pid == 0:
+                return dead
+            program = self.programs.pop(pid, None)
+            if program is not None:
+                dead.append((program, status))
+                code = os.waitstatus_to_exitcode(status)
+                ending = f"ended with code {code}" if code >= 0 else f"was killed by signal {-code}"
+                self._log(program["name"], ending.encode())
+
+    def _tell(self, **event: object) -> None:
+        os.write(self.config["status"], json.dumps(event).encode() + b"\n")
+
+
+def parents() -> dict[int, int]:
+    """Process → its parent, for all that can be seen."""
+    found = {}
+    for name in os.listdir("/proc"):
+        if name.isdigit():
+            try:
+                with open(f"/proc/{name}/stat", "rb") as file:
+                    fields = file.read().rpartition(b")")[2].split()
+            except OSError:
+                continue
+            if fields[0] != b"Z":
+                found[int(name)] = int(fields[1])
+    return found
+
+
+def descendants(root: int) -> set[int]:
+    """All live processes below `root`."""
+    parent = parents()
+    found: set[int] = set()
+    while True:
+        more = {pid for pid, its in parent.items() if (its == root or its in found) and pid not in found}
+        if not more:
+            return found
+        found |= more
+
+
+def kill_descendants() -> None:
+    """Until there are none; a program that forks while it is killed is met again in the next round."""
+    while below := descendants(os.getpid()):
+        for pid in below:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            pass
+        time.sleep(0.002)
+
+
+def main() -> None:
+    config: Config = json.loads(sys.argv[1])
+    os.umask(0o022)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    with open("/proc/self/oom_score_adj", "w") as file:
+        file.write("300")  # a desktop that eats all memory is to die before the daemon
+    if config["subreaper"]:
+        import ctypes
+
+        pr_set_child_subreaper = 36
+        ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1)
+    try:
+        Supervisor(config).run()
+    finally:
+        if config["subreaper"]:
+            kill_descendants()
+        for path in config["litter"]:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+
+if __name__ == "__main__":
+    main()
