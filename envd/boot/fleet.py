@@ -77,10 +77,13 @@ class Fleet:
     async def run(self, started: anyio.Event) -> None:
         """Host the monitors and removals. First removes what an earlier life of this daemon left behind."""
         await self._sweep()
-        async with anyio.create_task_group() as tasks:
-            self._tasks = tasks
-            started.set()
-            await anyio.sleep_forever()
+        try:
+            async with anyio.create_task_group() as tasks:
+                self._tasks = tasks
+                started.set()
+                await anyio.sleep_forever()
+        finally:
+            self._tasks = None
 
     # -- looking ------------------------------------------------------------------------------------------------
 
@@ -139,7 +142,8 @@ class Fleet:
                 "chrome_cdp": True,
             }
         )
-        self._group.start_soon(self._monitor, entry)
+        if self._tasks is not None:
+            self._tasks.start_soon(self._monitor, entry)
         seconds = round(time.monotonic() - began, 3)
         self._events.publish("desktop", desktop_id=desktop.id, state="ready", seconds=seconds, message="desktop ready")
         return entry.desktop
@@ -313,13 +317,16 @@ class Fleet:
     # -- removing -----------------------------------------------------------------------------------------------
 
     def retire(self, desktop_id: str, why: str) -> None:
-        """Begin to remove the desktop; `gone` waits for the end. Calling it again changes nothing."""
+        """Begin to remove the desktop; `gone` waits for the end. Calling it again changes nothing.
+
+        When the fleet runs no more this leaves it to `clear`, which comes last and takes everything.
+        """
         entry = self._entries.get(desktop_id)
-        if entry is None or entry.removing:
+        if entry is None or entry.removing or self._tasks is None:
             return
         entry.removing = True
         entry.desktop = entry.desktop.model_copy(update={"state": DesktopState.REMOVING})
-        self._group.start_soon(self._remove, entry, why)
+        self._tasks.start_soon(self._remove, entry, why)
 
     async def gone(self, desktop_id: str) -> None:
         """Return when the desktop is confirmed gone."""
@@ -363,8 +370,3 @@ class Fleet:
         for desktop_id in await self.driver.list():
             self._events.publish("note", desktop_id=desktop_id, message="Removing a desktop of an earlier life")
             await self._try_destroy(desktop_id)
-
-    @property
-    def _group(self) -> TaskGroup:
-        assert self._tasks is not None, "the fleet does not run"
-        return self._tasks

@@ -391,24 +391,28 @@ class BootQueue:
         assert desktop is not None
         began = time.monotonic()
         episode_id, failure = None, None
-        with anyio.CancelScope() as ticket.work:
-            if ticket.job.cancel_requested:
-                ticket.work.cancel()
-            try:
-                desktop = self._fleet.assign(desktop, ticket.job.env)
-                self._enter_phase(ticket, "set_up", state=JobState.SETTING_UP, desktop_id=desktop.id, reset_path=path)
-                episode_id = await self._stage.begin(
-                    ticket.job, ticket.reset, desktop, lambda name: self._enter_phase(ticket, name)
-                )
-            except EnvdError as error:
-                failure = error
+        try:
+            with anyio.CancelScope() as ticket.work:
+                if ticket.job.cancel_requested:
+                    ticket.work.cancel()
+                try:
+                    episode_id = await self._set_up(ticket, desktop, ticket.job.env, path)
+                except EnvdError as error:
+                    failure = error
+        finally:
+            if episode_id is None:
+                self._fleet.retire(desktop.id, "its reset failed")
         if episode_id is None:
-            self._fleet.retire(desktop.id, "its reset failed")
             await self._fleet.gone(desktop.id)
             self._abandon(ticket, failure)
-            return
-        self.estimates.was_set_up(time.monotonic() - began)
-        self._end(ticket, JobState.SUCCEEDED, episode_id=episode_id)
+        else:
+            self.estimates.was_set_up(time.monotonic() - began)
+            self._end(ticket, JobState.SUCCEEDED, episode_id=episode_id)
+
+    async def _set_up(self, ticket: _Ticket, desktop: Desktop, env: int, path: ResetPath) -> str:
+        desktop = self._fleet.assign(desktop, env)
+        self._enter_phase(ticket, "set_up", state=JobState.SETTING_UP, desktop_id=desktop.id, reset_path=path)
+        return await self._stage.begin(ticket.job, ticket.reset, desktop, lambda name: self._enter_phase(ticket, name))
 
     async def _vacate(self, ticket: _Ticket, *, wait: bool) -> None:
         """Take the env's old desktop away; a provider without room for two waits until it is gone."""
