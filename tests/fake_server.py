@@ -311,30 +311,33 @@ class FakeServer:
         self.streams += 1
         self._notify()
         await response.write(b"retry: 20\n\n")
-        await response.write(written(self._snapshot(job_id)))
+        await response.write(f"id: e{self.epoch}-{after}\n".encode() + bare("snapshot", self._snapshot(job_id)))
         if last and not known:
             await response.write(written(self._event("gap", after, None, {"reason": "unknown id"})))
         try:
             while True:
                 for event in self.events[after:]:
                     after += 1
-                    if job_id in (None, event.job_id) or event.kind in ("server-shutdown", "raw"):
-                        await response.write(event.data["bytes"].encode() if event.kind == "raw" else written(event))
+                    if event.kind == "server-shutdown":
+                        await response.write(bare(event.kind, {"kind": event.kind, "data": event.data}))
+                        return response
+                    if event.kind == "raw":
+                        await response.write(event.data["bytes"].encode())
+                    elif job_id in (None, event.job_id):
+                        await response.write(written(event))
                         if event.terminal and event.job_id == job_id:
-                            return response
-                        if event.kind == "server-shutdown":
                             return response
                 await self._changed.wait()
         finally:
             self.streams -= 1
             self._notify()
 
-    def _snapshot(self, job_id: str | None) -> Event:
+    def _snapshot(self, job_id: str | None) -> dict[str, Any]:
         if job_id is not None:
-            return self._event("snapshot", len(self.events), self.jobs[job_id], {})
+            return {"job": document(self.jobs[job_id])}
         active = [document(job) for job in self.jobs.values() if not job.state.terminal]
-        data = {"queue": self._queue_document(), "envs": [document(Env(id=0, state=EnvState.EMPTY))], "jobs": active}
-        return self._event("snapshot", len(self.events), None, data)
+        envs = [document(Env(id=0, state=EnvState.EMPTY))]
+        return {"queue": self._queue_document(), "envs": envs, "jobs": active}
 
 
 @asynccontextmanager
@@ -361,6 +364,11 @@ def problem(error: EnvdError, **headers: str) -> web.Response:
 
 def written(event: Event) -> bytes:
     return f"id: {event.id}\nevent: {event.kind}\ndata: {event.model_dump_json()}\n\n".encode()
+
+
+def bare(kind: str, data: dict[str, Any]) -> bytes:
+    """What belongs to one stream alone, and so has no number in the log."""
+    return f"event: {kind}\ndata: {json.dumps(data)}\n\n".encode()
 
 
 def wire_image() -> dict[str, Any]:

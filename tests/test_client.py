@@ -346,7 +346,7 @@ async def test_an_event_that_cannot_be_read_is_an_error_and_not_a_loop() -> None
         server.new_job()
         watch = asyncio.create_task(_collect(client.watch("job-1")))
         await server.until(lambda: server.streams)
-        server.publish("raw", bytes='data: {"surprise": 1}\n\n')
+        server.publish("raw", bytes='data: {"job": {"surprise": 1}}\n\n')
         with pytest.raises(InfraError, match="cannot read"):
             await watch
 
@@ -359,12 +359,10 @@ async def test_cancel_returns_the_job() -> None:
         assert server.count("POST", "/v1/jobs/job-1/cancel") == 2
 
 
-async def test_prewarm_waits_for_its_job() -> None:
-    async with serving() as server, Client(server.url) as client, asyncio.TaskGroup() as group:
-        prewarm = group.create_task(client.prewarm())
-        await server.until(lambda: server.streams)
-        server.advance("job-1", state=JobState.SUCCEEDED)
-        assert (await prewarm).env is None
+async def test_prewarm_returns_its_job_at_once() -> None:
+    async with serving() as server, Client(server.url) as client:
+        job = await client.prewarm()
+        assert (job.env, job.state) == (None, JobState.QUEUED)
 
 
 # What is sent again, and what never is

@@ -107,9 +107,8 @@ class Client:
         return await self._submit_reset(task, env, max_steps, self._deadline(timeout))
 
     async def prewarm(self, *, timeout: float | None = None) -> Job:
-        """Have a clean desktop booted, and wait until it stands by. Raises as `reset` does."""
-        deadline = Deadline.after(timeout)
-        return await self._finish(await self._submit("/v1/prewarm", None, deadline), deadline)
+        """Ask for a clean desktop to stand by, and return its job at once; `wait` waits for it."""
+        return await self._submit("/v1/prewarm", None, self._deadline(timeout))
 
     async def wait(self, job_id: str, timeout: float | None = None) -> Job:
         """The job, once it succeeded. Raises as `reset` does, and UnknownJob."""
@@ -175,7 +174,7 @@ class Client:
         return _parsed(StepResult, answer)
 
     async def screenshot(self, env: int = 0, *, timeout: float | None = None) -> bytes:
-        """A PNG of the screen as it is now."""
+        """The screen as it is now: a PNG, or a JPEG when the guest makes those."""
         return (await self._get(f"/v1/envs/{env}/screenshot", timeout)).body
 
     async def evaluate(self, env: int = 0, *, timeout: float | None = None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ A stream that breaks is opened again with the last id it gave, after full jitter
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack, aclosing
@@ -171,9 +172,15 @@ def parsed_job(document: dict[str, Any]) -> Job:
 
 
 def _event(message: Message) -> Event:
+    """A snapshot's data is the state itself; the stream's own messages have no id or time in them."""
     try:
-        return Event.model_validate_json(message.data)
-    except ValidationError as error:
+        document = json.loads(message.data)
+        if message.event == "snapshot":
+            document = {"job": document.get("job"), "data": document}
+        job = document.get("job") or {}
+        about = {"job_id": job.get("id"), "env": job.get("env"), "desktop_id": job.get("desktop_id")}
+        return Event.model_validate({"at": time.time()} | about | document | {"id": message.id, "kind": message.event})
+    except (ValueError, AttributeError) as error:  # a ValidationError is a ValueError
         raise InfraError(f"The server sent an event that this client cannot read: {error}") from error
 
 

@@ -24,21 +24,24 @@ import aiohttp
 from pydantic import ValidationError
 
 from ..errors import (
+    CapacityError,
     EnvdError,
     InfraError,
     InvalidRequest,
+    JobExpired,
     Problem,
     RequestError,
     ServerUnreachable,
     SettingsError,
+    StillBooting,
     from_problem,
 )
 
 DEFAULT_URL = "http://127.0.0.1:15001"
 
 CONNECT_SECONDS = 10.0
-KEEPALIVE_SECONDS = 3.0
-"""Idle connections are dropped before the server drops them (hypercorn: 5 s), else a POST may meet a closing one."""
+KEEPALIVE_SECONDS = 15.0
+"""Idle connections are dropped long before the server drops them (75 s), else a POST may meet a closing one."""
 QUIET_SECONDS = 45.0
 """A stream without even a heartbeat for so long (three times the server's interval) is dead."""
 BODY_LIMIT = 64 * 1024 * 1024
@@ -54,7 +57,7 @@ class Resend(Enum):
     UNSENT = "unsent"
     """Only when no connection was made. For input, and for evaluation, which touches the desktop."""
     REFUSED = "refused"
-    """Also after a 503 with Retry-After, which says that nothing was accepted."""
+    """Also after a refusal for want of capacity with Retry-After, which says that nothing was accepted."""
     ALWAYS = "always"
     """Also when the answer was lost: the request changes nothing, or changes it once however often it comes."""
 
@@ -211,7 +214,7 @@ class Transport:
                 silent_since = silent_since or time.monotonic()
                 give_up = min(deadline.at, silent_since + self.patience_of(patience))
             else:
-                again = error.status == 503 and error.retry_after is not None and resend is not Resend.UNSENT
+                again = resend is not Resend.UNSENT and _refused_for_now(error)
                 silent_since = None
                 give_up = deadline.at
             if not again or time.monotonic() + pause > give_up:
@@ -342,6 +345,15 @@ def _unreachable(url: str, request: str, error: Exception) -> ServerUnreachable:
     else:
         detail = f"{request} was answered with something that is not HTTP ({_words(error)})."
     return ServerUnreachable(detail, hint=hint, outcome=outcome, host=host, port=port)
+
+
+def _refused_for_now(error: EnvdError) -> bool:
+    """The two exceptions are about a job that was accepted: it goes on, or it is over."""
+    return (
+        isinstance(error, CapacityError)
+        and not isinstance(error, StillBooting | JobExpired)
+        and error.retry_after is not None
+    )
 
 
 def _refused(error: aiohttp.ClientConnectorError) -> bool:
