@@ -107,9 +107,10 @@ async def test_the_accessibility_tree_shows_what_the_browser_shows(tmp_path: Pat
     states = "{https://accessibility.ubuntu.example.org/ns/state}"
     places = "{https://accessibility.ubuntu.example.org/ns/component}"
     bus = ["dbus-daemon", "--session", "--nofork", "--print-address"]
-    with x_server() as display, running(bus, stdout=subprocess.PIPE) as daemon:
+    with x_server() as display, running(bus, env=environment(display, tmp_path), stdout=subprocess.PIPE) as daemon:
         assert daemon.stdout is not None
-        env = environment(display, tmp_path) | {"DBUS_SESSION_BUS_ADDRESS": daemon.stdout.readline().decode().strip()}
+        address = daemon.stdout.readline().decode().strip()
+        env = environment(display, tmp_path) | {"DBUS_SESSION_BUS_ADDRESS": address, "ACCESSIBILITY_ENABLED": "1"}
         with agent_process(env) as agent, running(["chromium", *flags.split(), *ours.split(), str(page)], env=env):
             async with client(agent.url) as guest:
                 buttons: list[ElementTree.Element] = []

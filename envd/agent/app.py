@@ -49,7 +49,7 @@ class Agent:
             Files(limits),
             Windows(limits, processes, screen),
             Wallpaper(processes, screen),
-            Accessibility(limits, processes, screen),
+            Accessibility(limits, processes),
         )
         own = [web.get("/", self.about), web.get("/platform", self.platform)]
         return [*own, *(route for part in parts for route in part.routes())]

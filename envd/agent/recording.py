@@ -13,7 +13,6 @@ from aiohttp import web
 
 from envd.agent import x11
 from envd.agent.errors import AgentError, BadRequest, MissingTool
-from envd.agent.files import attachment
 from envd.agent.processes import dying_with_us, kill_group, start
 from envd.agent.screen import Screen
 
@@ -22,6 +21,8 @@ _FAILS_WITHIN = 1.0
 """Seconds in which ffmpeg, if it cannot record at all, says so and ends."""
 _CLOSE_SECONDS = 15
 _LOG = "ffmpeg.log"
+_VIDEO = "recording.mp4"
+_CHUNK = 256 * 1024
 
 
 class Recorder:
@@ -62,9 +63,7 @@ class Recorder:
                 raise BadRequest("no recording is under way; /start_recording starts one")
             try:
                 await _interrupt(self._ffmpeg)
-                response = await attachment(self._directory / "recording.mp4", "video/mp4")
-                await response.prepare(request)  # sends all of it, so that the file can go
-                return response
+                return await _sent(request, self._directory / _VIDEO)
             finally:
                 await self._forget()
 
@@ -96,7 +95,24 @@ def _command(width: int, height: int, directory: Path) -> list[str]:
     encode = "-c:v libx264 -preset ultrafast -pix_fmt yuv420p -vf crop=trunc(iw/2)*2:trunc(ih/2)*2"
     source = ["-i", os.environ.get("DISPLAY", ":0")]
     run = ["ffmpeg", "-y", "-nostdin", "-loglevel", "error", *grab.split(), *source, *encode.split()]
-    return [*run, str(directory / "recording.mp4")]
+    return [*run, str(directory / _VIDEO)]
+
+
+async def _sent(request: web.Request, video: Path) -> web.StreamResponse:
+    """Send the video to its end, since it is removed afterwards; a FileResponse is sent after its handler is done."""
+    try:
+        file = await asyncio.to_thread(video.open, "rb")
+    except OSError as error:
+        raise AgentError(f"ffmpeg left no recording: {error.strerror}") from error
+    with file:
+        disposition = f'attachment; filename="{_VIDEO}"'
+        response = web.StreamResponse(headers={"Content-Type": "video/mp4", "Content-Disposition": disposition})
+        response.content_length = os.fstat(file.fileno()).st_size
+        await response.prepare(request)
+        while chunk := await asyncio.to_thread(file.read, _CHUNK):
+            await response.write(chunk)
+        await response.write_eof()
+    return response
 
 
 async def _interrupt(ffmpeg: asyncio.subprocess.Process) -> None:

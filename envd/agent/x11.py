@@ -99,15 +99,6 @@ def window_manager() -> str | None:
         return bytes(name.value).decode(errors="replace") if name else None
 
 
-def has_accessibility_bus() -> bool:
-    """Whether AT-SPI's bus was ever started on this display: its launcher leaves the address on the root window."""
-    from Xlib import X
-
-    with connection() as display:
-        root = display.screen().root
-        return bool(root.get_full_property(display.intern_atom("AT_SPI_BUS"), X.AnyPropertyType))
-
-
 def paint_root(picture: Image.Image) -> None:
     """Make `picture`, fitted to the screen, the background of the root window."""
     from PIL import ImageOps
