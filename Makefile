@@ -29,7 +29,7 @@ check: install
 	$(BIN)/mypy
 
 bench: system install
-	$(BIN)/python -m tests.bench
+	$(BIN)/python tests/bench.py
 
 format: install
 	$(BIN)/ruff format envd tests

@@ -3,7 +3,6 @@ it."""
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Coroutine
 from typing import Annotated, Any, NoReturn
 
@@ -16,6 +15,8 @@ app = typer.Typer(
     help="Serves computer desktops to agent trainers over one HTTP port: reset, step, evaluate.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    # Plain help: rich would double the time that `envd --help` takes.
+    rich_markup_mode=None,
     add_completion=True,
 )
 
@@ -37,6 +38,8 @@ def serve(
     by a signal, 78 a setting cannot be used, 75 the port or the state directory is taken, 69 something is not
     installed, 70 a bug.
     """
+    import asyncio
+
     from . import daemon, log
     from .errors import StartError
     from .settings import load
@@ -59,7 +62,10 @@ def watch(
     job: Annotated[str | None, typer.Argument(help="A job's id; all jobs without it.")] = None,
     url: Url = None,
 ) -> None:
-    """Follow boots and resets live: phase, ETA, both probes, place in the queue. Survives a restart of the daemon."""
+    """Follow boots and resets live.
+
+    Phase and ETA, both probes, place in the queue; a restart of the daemon is survived. Exit code 0 if the job succeeded.
+    """
     from .client import Client
     from .watch import watch as follow
 
@@ -72,7 +78,10 @@ def watch(
 
 @app.command()
 def prewarm(url: Url = None) -> None:
-    """Boot a clean desktop now, so that the next reset finds it; wait until it stands by."""
+    """Boot a clean desktop now and wait until it stands by.
+
+    The next reset finds it and needs no boot of its own.
+    """
     from .client import Client
     from .watch import watch as follow
 
@@ -97,6 +106,8 @@ def server(url: str | None) -> str:
 
 def talk(work: Coroutine[Any, Any, int]) -> int:
     """Run a client command; errors are told in two lines, Ctrl-C is quiet."""
+    import asyncio
+
     from .errors import EnvdError
 
     try:
