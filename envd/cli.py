@@ -64,7 +64,8 @@ def watch(
 ) -> None:
     """Follow boots and resets live.
 
-    Phase and ETA, both probes, place in the queue; a restart of the daemon is survived. Exit code 0 if the job succeeded.
+    Phase and ETA, both probes, place in the queue; a restart of the daemon is survived. Exit code 0 if the job
+    succeeded.
     """
     from .client import Client
     from .watch import watch as follow
