@@ -3,24 +3,27 @@ better choice.
 
 The lifespan runs the supervised half. Two things need care here (traps.md, findings 1 and 3): hypercorn would go on
 answering when the queue has died, so this process ends itself then; and it waits for open streams before it ends the
-lifespan, so the signal is heard here too, beside hypercorn's own handler, and the streams are ended at once.
+lifespan, so the streams are ended as soon as it begins to stop. That moment is seen at the task in which hypercorn
+waits for it, since no signal need reach this process: as a rule hypercorn serves in a child of the one that is told
+to stop.
 """
 
 from __future__ import annotations
 
 import asyncio
+import multiprocessing
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
-from types import FrameType
 
 import structlog
+from hypercorn.utils import raise_shutdown
 from starlette.types import Receive, Scope, Send
 
 from . import log
 from .app import create_app
-from .daemon import locked
+from .daemon import OPEN_FILES, allow_open_files, daemon_id, locked
 from .errors import StartError
 from .service import Service, open_service
 from .settings import load
@@ -28,6 +31,9 @@ from .settings import load
 logger = structlog.get_logger(__name__)
 
 BUG = 70
+LOOK, LOOKS = 0.05, 200
+"""Seconds between two looks for the task in which hypercorn waits, and how many; it is there a moment after the
+lifespan began."""
 
 
 class LifespanApp:
@@ -41,49 +47,70 @@ class LifespanApp:
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
+        stage, trouble = "startup", ""
         try:
             async with _running() as service:
                 self._app = create_app(service)
                 await send({"type": "lifespan.startup.complete"})
+                stage = "shutdown"
                 await receive()
         except StartError as error:
-            await send({"type": "lifespan.startup.failed", "message": str(error)})
-            return
-        await send({"type": "lifespan.shutdown.complete"})
+            trouble = f"{error.detail} {error.hint}".strip()
+        except Exception as error:
+            # Let through, hypercorn would take it for an app without a lifespan, and serve without a queue.
+            logger.exception("envd ended because of a mistake of its own")
+            trouble = repr(error)
+        if trouble:
+            await send({"type": f"lifespan.{stage}.failed", "message": trouble})
+        else:
+            await send({"type": "lifespan.shutdown.complete"})
 
 
 @asynccontextmanager
 async def _running() -> AsyncIterator[Service]:
     settings = load()
     log.setup(settings.log_level, settings.log_format)
-    with locked(settings.state_dir) as daemon_id:
-        async with open_service(settings, daemon_id) as service:
+    allow_open_files(OPEN_FILES)
+    with locked(settings.state_dir):
+        async with open_service(settings, daemon_id(settings.state_dir)) as service:
             started = asyncio.Event()
             core = asyncio.create_task(service.run(started.set), name="boot queue")
             core.add_done_callback(_end_with_the_queue)
             await started.wait()
-            drains = _drain_on_signals(service)
-            yield service
+            _pass_on_sigterm()
+            drain = asyncio.create_task(_drain_when_hypercorn_stops(service), name="drain")
+            try:
+                yield service
+            finally:
+                if not service.draining.is_set():
+                    drain.cancel()
+                await asyncio.wait({drain})
+                await service.drain()
+                core.cancel()
+                await asyncio.wait({core})
+
+
+async def _drain_when_hypercorn_stops(service: Service) -> None:
+    for _ in range(LOOKS):
+        if waits := [task for task in asyncio.all_tasks() if _waits_for_the_end(task)]:
+            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            logger.info("shutting down")
             await service.drain()
-            await asyncio.gather(*drains)
-            core.cancel()
-            await asyncio.wait({core})
+            return
+        await asyncio.sleep(LOOK)
+    logger.warning("this server is not the hypercorn that envd knows; open streams may hold up its end")
 
 
-def _drain_on_signals(service: Service) -> list[asyncio.Task[None]]:
-    """Hear the signals that hypercorn hears. asyncio's own handler stays: it is told through a wake-up descriptor."""
-    loop = asyncio.get_running_loop()
-    drains: list[asyncio.Task[None]] = []
+def _waits_for_the_end(task: asyncio.Task[object]) -> bool:
+    work = task.get_coro()
+    return isinstance(work, Coroutine) and getattr(work, "cr_code", None) is raise_shutdown.__code__
 
-    def begin() -> None:
-        drains.append(loop.create_task(service.drain(), name="drain"))
 
-    def heard(number: int, frame: FrameType | None) -> None:
-        loop.call_soon_threadsafe(begin)
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, heard)
-    return drains
+def _pass_on_sigterm() -> None:
+    """To hypercorn's first process: its child, this one, would die of the signal on the spot and leave desktops."""
+    parent = multiprocessing.parent_process()
+    if parent is not None and parent.pid is not None:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, os.kill, parent.pid, signal.SIGTERM)
 
 
 def _end_with_the_queue(core: asyncio.Task[None]) -> None:

@@ -9,9 +9,12 @@ Python 3.12 and later it waits for open connections for ever (traps.md, finding 
 from __future__ import annotations
 
 import asyncio
+import errno
 import fcntl
 import logging
 import os
+import re
+import resource
 import secrets
 import signal
 import socket
@@ -37,59 +40,95 @@ KEEP_ALIVE = 75.0
 closing one."""
 
 
+BACKLOG = 1024
+"""Connections that the kernel holds until they are accepted: a cluster's trainers all come at once."""
+HTTP_LIMIT = 2.0
+"""Seconds that hypercorn may take to end once it was told. It waits for a reader that does not read, or for the rest
+of a request, as long as they please."""
+OPEN_FILES = 65_536
+
+
 async def serve(settings: Settings) -> None:
     """Run until a signal, then return. Raises StartError when it cannot start, anything else when one half died."""
-    with locked(settings.state_dir) as daemon_id, bound(settings.host, settings.port) as listener:
-        async with open_service(settings, daemon_id) as service:
+    allow_open_files(OPEN_FILES)
+    with locked(settings.state_dir), bound(settings.host, settings.port) as listener:
+        async with open_service(settings, daemon_id(settings.state_dir)) as service:
             await _supervise(service, listener)
 
 
 async def _supervise(service: Service, listener: socket.socket) -> None:
-    stop = asyncio.Event()
-    closing = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop.set)
+    stop, started, closing = asyncio.Event(), asyncio.Event(), asyncio.Event()
+    _hear_signals(stop)
+    core = asyncio.create_task(service.run(started.set), name="boot queue")
+    halves = [core]
     try:
-        async with asyncio.TaskGroup() as siblings:
-            started = asyncio.Event()
-            core = siblings.create_task(service.run(started.set), name="boot queue")
-            await _first(started, core)
-            url = url_of(listener)
-            # The descriptor is hypercorn's from here on; it closes it first of all when it shuts down.
-            config = hypercorn_config(f"fd://{listener.detach()}")
-            # Starlette and hypercorn each have their own types for one and the same ASGI.
-            app = cast(ASGIFramework, create_app(service))
-            http = siblings.create_task(hypercorn_serve(app, config, shutdown_trigger=closing.wait), name="http server")
-            announce(service, url)
-            await _first(stop, core, http)
-            logger.info("shutting down")
-            await service.drain()
-            closing.set()
-            core.cancel()
-            await asyncio.wait({core, http})
+        if await _first(started, stop, halves) is started:
+            halves.append(_serve_http(service, listener, closing))
+            await _first(stop, stop, halves)
+        logger.info("shutting down")
+        await service.drain()
     finally:
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.remove_signal_handler(number)
+        # Also when a half died: nothing that is open may hold the other one up.
+        service.draining.set()
+        service.events.close()
+        closing.set()
+        core.cancel()
+        await _ended(core, halves[1:])
+    for half in halves:
+        if not half.cancelled():
+            half.result()
     logger.info("stopped")
 
 
-async def _first(event: asyncio.Event, *siblings: asyncio.Task[None]) -> None:
-    """Wait for `event`; a sibling that ends before it is an error even if it ended quietly."""
-    waiter = asyncio.create_task(event.wait(), name="event")
+def _hear_signals(stop: asyncio.Event) -> None:
+    """Heard until the loop is closed, so that a second one during the way out changes nothing."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+        # Under nohup a hangup is to be ignored.
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            loop.add_signal_handler(number, stop.set)
+
+
+def _serve_http(service: Service, listener: socket.socket, closing: asyncio.Event) -> asyncio.Task[None]:
+    url = url_of(listener)
+    # The descriptor is hypercorn's from here on; it closes it first of all when it shuts down.
+    config = hypercorn_config(f"fd://{listener.detach()}")
+    # Starlette and hypercorn each have their own types for one and the same ASGI.
+    app = cast(ASGIFramework, create_app(service))
+    serving = hypercorn_serve(app, config, shutdown_trigger=closing.wait)
+    http = asyncio.create_task(serving, name="http server")
+    announce(service, url)
+    return http
+
+
+async def _ended(core: asyncio.Task[None], http: list[asyncio.Task[None]]) -> None:
+    """Wait for both ends. The queue bounds its own; hypercorn is cut off where it does not."""
+    if http:
+        await asyncio.wait(http, timeout=HTTP_LIMIT)
+        http[0].cancel()
+    await asyncio.wait([core, *http])
+
+
+async def _first(wanted: asyncio.Event, stop: asyncio.Event, halves: list[asyncio.Task[None]]) -> asyncio.Event:
+    """Wait for `wanted` or `stop`, and say which; a half that ends before them is an error even if it ended
+    quietly."""
+    waiters = [asyncio.create_task(event.wait()) for event in (wanted, stop)]
     try:
-        await asyncio.wait({waiter, *siblings}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({*waiters, *halves}, return_when=asyncio.FIRST_COMPLETED)
     finally:
-        waiter.cancel()
-    for task in siblings:
-        if task.done() and not event.is_set():
-            task.result()
-            raise RuntimeError(f"the {task.get_name()} ended by itself")
+        for waiter in waiters:
+            waiter.cancel()
+    for half in halves:
+        if half.done():
+            half.result()
+            raise RuntimeError(f"the {half.get_name()} ended by itself")
+    return stop if stop.is_set() else wanted
 
 
 def hypercorn_config(bind: str) -> Config:
     config = Config()
     config.bind = [bind]
+    config.backlog = BACKLOG
     config.graceful_timeout = 1.0
     config.shutdown_timeout = 5.0
     config.keep_alive_timeout = KEEP_ALIVE
@@ -128,41 +167,70 @@ def _is_loopback(host: str) -> bool:
 
 
 @contextmanager
-def locked(state_dir: Path) -> Iterator[str]:
-    """Hold the state directory for this process; yields the daemon's id, which is kept in it.
+def locked(state_dir: Path) -> Iterator[None]:
+    """Hold the state directory for this process; the kernel lets go of it whatever becomes of the process.
 
     Raises StateDirLocked when another daemon holds it, SettingsError when it cannot be used.
     """
-    try:
+    with _usable(state_dir):
         state_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
         handle = os.open(state_dir / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise SettingsError(
-            f"The state directory {state_dir} cannot be used: {error.strerror}.", hint="Set ENVD_STATE_DIR."
-        ) from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        holder = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
-        os.close(handle)
-        raise StateDirLocked(
-            f"Another envd (process {holder}) uses {state_dir}.",
-            hint="Stop it, or give this one an ENVD_STATE_DIR of its own.",
-        ) from error
-    try:
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
-        yield _daemon_id(state_dir)
+        with _usable(state_dir):
+            _take(handle, state_dir)
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, f"{os.getpid()}\n".encode(), 0)
+        yield
     finally:
         os.close(handle)
 
 
-def _daemon_id(state_dir: Path) -> str:
-    """Six hex digits, made once for this state directory: they mark the instances that are ours."""
+def _take(handle: int, state_dir: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.pread(handle, 32, 0).decode(errors="replace").strip() or "unknown"
+        raise StateDirLocked(
+            f"Another envd (process {holder}) uses {state_dir}.",
+            hint="Stop it, or give this one an ENVD_STATE_DIR of its own.",
+        ) from error
+
+
+def daemon_id(state_dir: Path) -> str:
+    """Six hex digits, made once for this state directory: they mark the instances that are ours.
+
+    Never anything else, whatever the file holds: with less in it, instances of others would look like ours.
+    """
     path = state_dir / "daemon-id"
-    if not path.exists():
-        path.write_text(secrets.token_hex(3))
-    return path.read_text().strip()
+    with _usable(state_dir):
+        kept = path.read_bytes().decode(errors="replace").strip() if path.exists() else ""
+        if re.fullmatch(r"[0-9a-f]{6}", kept):
+            return kept
+        if path.exists():
+            logger.warning("the daemon's id was not readable; a new one was made", file=str(path))
+        made = secrets.token_hex(3)
+        fresh = path.with_suffix(".new")
+        fresh.write_text(f"{made}\n")
+        fresh.replace(path)
+    return made
+
+
+@contextmanager
+def _usable(state_dir: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise SettingsError(
+            f"The state directory {state_dir} cannot be used: {error.strerror}.", hint="Set ENVD_STATE_DIR."
+        ) from error
+
+
+def allow_open_files(wanted: int) -> None:
+    """Raise the soft limit of open files as far as the hard one lets us: every watcher is one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 @contextmanager
@@ -179,16 +247,17 @@ def bound(host: str, port: int) -> Iterator[socket.socket]:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind(address)
+            # Two that bind at the same moment both may; only one of them may listen.
+            listener.listen(BACKLOG)
         except PermissionError as error:
             raise SettingsError(f"No permission to listen on {host}:{port}.", hint="Use a port above 1023.") from error
         except OSError as error:
-            if error.errno == 98:
+            if error.errno == errno.EADDRINUSE:
                 raise AddressInUse(
                     f"Something already listens on {host}:{port}.",
                     hint=f"See what with `ss -ltnp 'sport = :{port}'`, or choose another port with --port.",
                 ) from error
             raise SettingsError(f"Cannot listen on {host}:{port}: {error.strerror}.") from error
-        listener.listen(1024)
         listener.setblocking(False)
         yield listener
     finally:
