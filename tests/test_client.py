@@ -19,10 +19,12 @@ from fake_server import (
     silent,
     too_many,
 )
+from serving import serving as daemon
 
 from envd.client import Client
 from envd.client.sse import Message, SseParser
 from envd.client.transport import Backoff, Transport
+from envd.drivers.sim import Behaviour
 from envd.errors import (
     BootTimeout,
     EnvdError,
@@ -31,12 +33,14 @@ from envd.errors import (
     JobCancelled,
     JobExpired,
     JobSuperseded,
+    NoEpisode,
     NotEvaluable,
     QueueFull,
     RequestError,
     ServerUnreachable,
     SettingsError,
     StillBooting,
+    UnknownEnv,
     UnknownJob,
 )
 from envd.models import Event, Job, JobState
@@ -363,6 +367,53 @@ async def test_prewarm_returns_its_job_at_once() -> None:
     async with serving() as server, Client(server.url) as client:
         job = await client.prewarm()
         assert (job.env, job.state) == (None, JobState.QUEUED)
+
+
+# The real daemon, over sim desktops
+
+
+async def test_reset_act_and_look_against_the_daemon() -> None:
+    async with daemon() as served, Client(served.url) as client:
+        env = client.env(0)
+        job = await env.reset({"id": "t"}, max_steps=5, timeout=20)
+        assert (job.state, job.task_id) == (JobState.SUCCEEDED, "t")
+        assert (await env.click(10, 20)).actions[0].outcome == "ok"
+        assert (await env.screenshot()).startswith(b"\x89PNG")
+        state = await env.state()
+        assert state.episode is not None
+        assert (state.episode.actions, state.episode.max_steps) == (1, 5)
+        assert [m["role"] for m in await env.history()][:2] == ["system", "user"]
+        assert (await client.ready()).ready
+        assert (await client.envs(), await client.jobs()) == ([state], [job])
+        assert (await client.version())["provider"] == "sim"
+        assert (await client.queue()).limit == 1024
+
+
+async def test_watching_a_reset_against_the_daemon_shows_its_whole_life() -> None:
+    async with daemon(Behaviour(boot_s=0.2)) as served, Client(served.url) as client:
+        job = await client.submit_reset()
+        events = await _collect(client.watch(job.id))
+        assert (events[0].kind, events[-1].kind, events[-1].terminal) == ("snapshot", "state", True)
+        assert {"phase", "probe", "state"} <= {event.kind for event in events}
+        assert [e.job and e.job.state for e in await _collect(client.watch(job.id))] == [JobState.SUCCEEDED]
+
+
+async def test_a_cancelled_boot_ends_cancelled_against_the_daemon() -> None:
+    async with daemon(Behaviour(boot_s=30)) as served, Client(served.url) as client:
+        job = await client.submit_reset()
+        await client.cancel(job.id)
+        with pytest.raises(JobCancelled):
+            await client.wait(job.id, timeout=20)
+
+
+async def test_a_refused_request_keeps_its_code_against_the_daemon() -> None:
+    async with daemon() as served, Client(served.url) as client:
+        with pytest.raises(UnknownEnv):
+            await client.reset(env=99)
+        with pytest.raises(NoEpisode):
+            await client.step(actions=["pyautogui.click(1, 2)"])
+        with pytest.raises(InvalidRequest):
+            await client.step()
 
 
 # What is sent again, and what never is

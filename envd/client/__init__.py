@@ -2,5 +2,6 @@
 trainers know. Needs aiohttp, anyio and pydantic; Pillow to decode images."""
 
 from .client import Client, EnvHandle, Queue, Readiness
+from .worker import BlockingRemoteEnvWorker, Observation, RemoteEnvWorker
 
-__all__ = ["Client", "EnvHandle", "Queue", "Readiness"]
+__all__ = ["BlockingRemoteEnvWorker", "Client", "EnvHandle", "Observation", "Queue", "Readiness", "RemoteEnvWorker"]
