@@ -57,6 +57,10 @@ T = TypeVar("T")
 
 OUTPUT_KEPT = 4000
 """Characters of a program's stdout and stderr that a step result carries."""
+INSTRUCTION_KEPT = 2000
+"""Characters of the instruction that an env is shown with. The model is shown all of it."""
+TOLD = 200
+"""Characters of a program and of its output that a step's event carries: events are kept by the thousand."""
 
 
 @dataclass
@@ -70,6 +74,31 @@ class _Slot:
     frame: Frame | None = None
     busy: bool = False
     warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class _Playing:
+    """The episode that a step plays. A reset may take it away, or the desktop's death end it, between any two awaits
+    of the step, and only then is the step cancelled: until then it must not touch what took the episode's place."""
+
+    slot: _Slot
+    episode_id: str
+    dialogue: Dialogue
+
+    @property
+    def episode(self) -> Episode:
+        """Raises DesktopLost when it is over."""
+        now = self.slot.episode
+        if now is None or now.id != self.episode_id or self.slot.state is not EnvState.PLAYING:
+            raise DesktopLost(
+                f"The desktop of env {self.slot.id} died or was taken away in the middle of the step.",
+                hint="Reset the env. What was sent to the guest may have run; it is not sent again.",
+            )
+        return now
+
+    def change(self, **changes: object) -> Episode:
+        self.slot.episode = self.episode.model_copy(update=changes)
+        return self.slot.episode
 
 
 class Envs:
@@ -106,7 +135,8 @@ class Envs:
         GuestUnreachable."""
         slot = self._with_desktop(env)
         guest, desktop_id = self._guest(slot)
-        return await self._while_alive(desktop_id, lambda: self._picture(guest))
+        picture, _ = await self._while_alive(desktop_id, lambda: self._picture(guest))
+        return picture
 
     def evaluate(self, env: int) -> None:
         """Raises NoEpisode without an episode, and NotEvaluable with one: this version has no evaluators. Never a
@@ -133,21 +163,20 @@ class Envs:
         guest = self._fleet.guest(desktop)
         warnings: list[str] = []
 
-        async def prepare() -> bytes:
+        async def prepare() -> tuple[bytes, tuple[int, int]]:
             await setup.run(reset.task, guest, warnings.append)
             phase("observe")
             await anyio.sleep(self._settings.settle_seconds)
             return await self._picture(guest)
 
-        picture = await self._while_alive(desktop.id, prepare)
-        size = Image.open(io.BytesIO(picture)).size
+        picture, size = await self._while_alive(desktop.id, prepare)
         instruction = str(reset.task.get("instruction") or "")
         episode = Episode(
             id=f"ep-{secrets.token_hex(6)}",
             env=slot.id,
             desktop_id=desktop.id,
             task_id=job.task_id,
-            instruction=instruction,
+            instruction=instruction[:INSTRUCTION_KEPT],
             started_at=time.time(),
             max_steps=reset.max_steps or self._settings.max_steps,
             screen=size,
@@ -185,48 +214,58 @@ class Envs:
                 hint="Evaluate it or reset the env.",
                 end_reason=slot.episode.end_reason,
             )
-        dialogue = slot.dialogue
+        playing = _Playing(slot, slot.episode.id, slot.dialogue)
         with self._taken(slot, "step"):
             guest, desktop_id = self._guest(slot)
-            return await self._while_alive(desktop_id, lambda: self._step(slot, dialogue, guest, request))
+            return await self._while_alive(desktop_id, lambda: self._step(playing, guest, request))
 
-    async def _step(self, slot: _Slot, dialogue: Dialogue, guest: Guest, request: StepRequest) -> StepResult:
+    async def _step(self, playing: _Playing, guest: Guest, request: StepRequest) -> StepResult:
         began = time.monotonic()
         problem, format_reward = "", 0.0
         end: EndReason | None = None
         try:
-            planned = self._plan(slot, request)
+            planned = self._plan(playing.slot, request)
         except PredictionError as error:
             planned, problem, format_reward, end = (), str(error), -1.0, EndReason.UNPARSABLE
         results: list[ActionResult] = []
         pause = self._settings.action_pause if request.pause_s is None else request.pause_s
         for step in planned:
             results.append(await self._act(guest, step, pause))
-            end = self._count_action(slot, step)
+            end = self._count_action(playing, step)
             if end or results[-1].outcome is ActionOutcome.UNKNOWN:
                 break
         acted = time.monotonic()
-        self._count_step(slot, end)
-        picture = await self._look(slot, guest, results) if end is None or request.include_screenshot else None
-        dialogue.said(request.prediction if request.prediction is not None else "\n\n".join(request.actions or ()))
+        self._count_step(playing, end)
+        picture = await self._look(guest, results) if end is None or request.include_screenshot else None
+        episode = playing.episode
+        said = request.prediction if request.prediction is not None else "\n\n".join(request.actions or ())
+        playing.dialogue.said(said)
         if picture is not None and end is None:
-            dialogue.saw(picture)
-        assert slot.episode is not None
+            playing.dialogue.saw(picture)
         result = StepResult(
-            env=slot.id,
-            episode_id=slot.episode.id,
-            step=slot.episode.steps,
-            done=slot.episode.done,
-            end_reason=slot.episode.end_reason,
+            env=episode.env,
+            episode_id=episode.id,
+            step=episode.steps,
+            done=episode.done,
+            end_reason=episode.end_reason,
             format_reward=format_reward,
             actions=tuple(results),
             problem=problem,
             seconds={"act": round(acted - began, 4), "observe": round(time.monotonic() - acted, 4)},
             screenshot=base64.b64encode(picture).decode() if picture and request.include_screenshot else None,
         )
-        shown = result.model_dump(mode="json", exclude={"screenshot", "env"})
-        self._tell(slot, "step", **shown, message="step")
+        self._tell_step(playing.slot, result)
         return result
+
+    def _tell_step(self, slot: _Slot, result: StepResult) -> None:
+        shown = result.model_dump(mode="json", exclude={"screenshot", "env", "episode_id"})
+        shown["problem"] = shown["problem"][:TOLD]
+        for action in shown["actions"]:
+            action |= {name: action[name][-TOLD:] for name in ("stdout", "stderr")}
+            action["action"] = action["action"][:TOLD]
+        self._tell(slot, "step", **shown, message="step")
+        if result.done:
+            self._tell_end(slot)
 
     def _plan(self, slot: _Slot, request: StepRequest) -> tuple[Step, ...]:
         if request.prediction is not None:
@@ -262,39 +301,38 @@ class Envs:
             seconds=seconds,
         )
 
-    def _count_action(self, slot: _Slot, step: Step) -> EndReason | None:
+    def _count_action(self, playing: _Playing, step: Step) -> EndReason | None:
         """Count as the servers before did: actions, not predictions."""
-        assert slot.episode is not None
-        slot.episode = slot.episode.model_copy(update={"actions": slot.episode.actions + 1})
+        episode = playing.change(actions=playing.episode.actions + 1)
         if step is Special.DONE:
             return EndReason.DONE
         if step is Special.FAIL:
             return EndReason.FAIL
-        return EndReason.MAX_STEPS if slot.episode.actions >= slot.episode.max_steps else None
+        return EndReason.MAX_STEPS if episode.actions >= episode.max_steps else None
 
-    def _count_step(self, slot: _Slot, end: EndReason | None) -> None:
-        assert slot.episode is not None
-        changes: dict[str, Any] = {"steps": slot.episode.steps + 1}
+    def _count_step(self, playing: _Playing, end: EndReason | None) -> None:
+        changes: dict[str, Any] = {"steps": playing.episode.steps + 1}
         if end is not None:
             changes |= {"done": True, "end_reason": end}
-        slot.episode = slot.episode.model_copy(update=changes)
+        playing.change(**changes)
 
-    async def _look(self, slot: _Slot, guest: Guest, results: list[ActionResult]) -> bytes:
+    async def _look(self, guest: Guest, results: list[ActionResult]) -> bytes:
         try:
-            return await self._picture(guest)
+            picture, _ = await self._picture(guest)
         except EnvdError as error:
             error.facts["actions"] = [result.model_dump(mode="json") for result in results]
             error.hint = error.hint or "The step's actions are listed with what is known of them; none is sent again."
             raise
+        return picture
 
     @staticmethod
-    async def _picture(guest: Guest) -> bytes:
-        """A screenshot that is a picture: one that cannot be opened is an error, never an observation."""
+    async def _picture(guest: Guest) -> tuple[bytes, tuple[int, int]]:
+        """A screenshot and its size: one that cannot be opened is an error, never an observation."""
         picture = await guest.screenshot()
         try:
-            with Image.open(io.BytesIO(picture), formats=("PNG", "JPEG")):
-                return picture
-        except (OSError, SyntaxError, ValueError) as error:
+            with Image.open(io.BytesIO(picture), formats=("PNG", "JPEG")) as image:
+                return picture, image.size
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise GuestMisbehaved(f"{guest.url}/screenshot answered a broken picture: {error}") from error
 
     # -- one env ------------------------------------------------------------------------------------------------
@@ -373,18 +411,18 @@ class Envs:
                 slot.state, slot.detail = EnvState.LOST, reason
 
     def _end_episode(self, slot: _Slot, reason: EndReason) -> None:
-        if slot.episode is None:
-            return
-        ended = (
-            slot.episode if slot.episode.done else slot.episode.model_copy(update={"done": True, "end_reason": reason})
-        )
+        if slot.episode is not None and not slot.episode.done:
+            slot.episode = slot.episode.model_copy(update={"done": True, "end_reason": reason})
+            self._tell_end(slot)
+        if reason is EndReason.REPLACED:
+            slot.episode = slot.dialogue = slot.frame = None
+
+    def _tell_end(self, slot: _Slot) -> None:
+        assert slot.episode is not None
+        ended = slot.episode
         self._tell(
             slot, "episode", state="ended", end_reason=ended.end_reason, steps=ended.steps, message="episode ended"
         )
-        if reason is EndReason.REPLACED:
-            slot.episode = slot.dialogue = slot.frame = None
-        else:
-            slot.episode = ended
 
     def _tell(self, slot: _Slot, kind: str, **data: Any) -> None:
         episode_id = slot.episode.id if slot.episode else None

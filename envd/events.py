@@ -8,10 +8,11 @@ behind that the ring has moved on is told of the gap instead of holding anybody 
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import structlog
@@ -35,6 +36,11 @@ class EventLog:
         self._sequence = 0
         self._changed = asyncio.Event()
         self._closed = False
+
+    @property
+    def last(self) -> int:
+        """The sequence number of the newest event; 0 before the first."""
+        return self._sequence
 
     @property
     def last_id(self) -> str:
@@ -73,11 +79,12 @@ class EventLog:
         return event
 
     def sequence_of(self, event_id: str | None) -> int | None:
-        """The sequence number in one of our own ids; None for an id of another epoch or no id at all."""
+        """The sequence number in one of our own ids; None for one that we never gave out, or none at all."""
         epoch, _, number = (event_id or "").rpartition("-")
-        if epoch != self.epoch or not number.isdecimal():
+        if epoch != self.epoch or re.fullmatch("[0-9]{1,18}", number) is None:
             return None
-        return min(int(number), self._sequence)
+        sequence = int(number)
+        return sequence if sequence <= self._sequence else None
 
     def missed(self, after: int) -> bool:
         """Whether events following `after` have already left the ring."""
@@ -88,25 +95,32 @@ class EventLog:
         """The events in the ring, oldest first."""
         return tuple(self._ring)
 
-    async def follow(self, after: int, idle: float | None = None) -> AsyncIterator[list[Event] | None]:
-        """Batches of the events after sequence number `after`, as they come; None after `idle` seconds of silence.
+    async def follow(
+        self, after: int, idle: float | None = None, wanted: Callable[[Event], bool] = lambda event: True
+    ) -> AsyncGenerator[list[Event] | None, None]:
+        """Batches of the wanted events after sequence number `after`, as they come; None after `idle` seconds without
+        any.
 
-        Ends when the log is closed. A follower that fell behind the ring gets what is left; ask `missed` to know.
+        Ends when the log is closed, and when the ring has moved on past a follower that was slow: what it missed is
+        gone, so it must look at the state of things and follow anew.
         """
-        while True:
+        spoke = time.monotonic()
+        while not self.missed(after):
             changed = self._changed
-            batch = self._after(after)
+            batch = [event for event in self._after(after) if wanted(event)]
+            after = self._sequence
             if batch:
-                after = self._sequence
                 yield batch
+                spoke = time.monotonic()
             elif self._closed:
                 return
             else:
                 try:
-                    async with asyncio.timeout(idle):
+                    async with asyncio.timeout(None if idle is None else spoke + idle - time.monotonic()):
                         await changed.wait()
                 except TimeoutError:
                     yield None
+                    spoke = time.monotonic()
 
     def close(self) -> None:
         """End every follower once it has read what is there."""

@@ -97,6 +97,7 @@ class Service:
 
         Raises UnknownEnv, TaskInvalid, QueueFull, Draining; none of them changes anything.
         """
+        self.refuse_when_draining()
         self.envs.env(env)
         setup.check(reset.task)
         job = self.queue.submit(env, reset)
@@ -104,6 +105,8 @@ class Service:
         return job
 
     async def prewarm(self) -> Job:
+        """As `reset`, for no env. Raises QueueFull and Draining."""
+        self.refuse_when_draining()
         job = self.queue.submit_prewarm()
         await self.store.commit()
         return job

@@ -65,8 +65,8 @@ def openapi_document() -> dict[str, Any]:
     paths: dict[str, dict[str, Any]] = {}
     for route in (*legacy.routes, *v1.routes, *routes):
         assert isinstance(route, Route)
-        methods = {"GET"} if isinstance(route.endpoint, EventStream) else (route.methods or set()) - {"HEAD"}
-        paths[route.path] = {method.lower(): _operation(route, method) for method in sorted(methods)}
+        methods = sorted((route.methods or set()) - {"HEAD"})
+        paths[route.path] = {method.lower(): _operation(route, method) for method in methods}
     return {
         "openapi": "3.1.0",
         "info": {"title": "envd", "version": __version__, "description": "Desktops for agent trainers."},

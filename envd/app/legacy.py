@@ -29,8 +29,7 @@ from ..errors import (
     from_problem,
 )
 from ..models import EnvState, Job, JobState, StepRequest
-from ..service import Service
-from .bodies import number_in_query, read_model, service_of
+from .bodies import hold, number_in_query, read_model, service_of
 
 KVM_DEVICE = "/dev/kvm" if Path("/dev/kvm").exists() else None
 
@@ -66,7 +65,7 @@ async def reset(request: Request) -> Response:
     asked = await read_model(request, LegacyReset)
     service = service_of(request)
     job = await service.reset(asked.slot_id, Reset(task=asked.task_config))
-    job = await _ended(service, job)
+    job = await _ended(request, job)
     if job.state is not JobState.SUCCEEDED:
         raise _failure(job)
     env = service.env(asked.slot_id)
@@ -78,25 +77,18 @@ async def reset(request: Request) -> Response:
     return shape(asked.slot_id, dialogue.wire_json(), done=False, format_reward=0.0)
 
 
-async def _ended(service: Service, job: Job) -> Job:
+async def _ended(request: Request, job: Job) -> Job:
     """The job once it has ended. Raises StillBooting when the wait runs out, Draining when the daemon stops first."""
-    with anyio.move_on_after(service.settings.legacy_wait):
-        async with anyio.create_task_group() as race:
-
-            async def wake_at_shutdown() -> None:
-                await service.draining.wait()
-                race.cancel_scope.cancel()
-
-            race.start_soon(wake_at_shutdown)
-            job = await service.queue.ended(job.id)
-            race.cancel_scope.cancel()
+    service, patience = service_of(request), service_of(request).settings.legacy_wait
+    with anyio.move_on_after(patience):
+        await hold(request, lambda: service.queue.ended(job.id))
+    job = service.queue.get(job.id)
     if job.state.terminal:
         return job
-    job = service.queue.get(job.id)
     if service.draining.is_set():
         raise Draining("The daemon is shutting down; the reset is cancelled.", retry_after=10, job=_shown(job))
     raise StillBooting(
-        f"{job.id} is {job.state} (phase {job.phase}) after {service.settings.legacy_wait:.0f} s; it goes on.",
+        f"{job.id} is {job.state} (phase {job.phase}) after {patience:.0f} s; it goes on.",
         hint=f"Send the same reset again to wait on, or follow {job.links['events']}.",
         retry_after=job.eta_s or 30,
         eta_s=job.eta_s,
@@ -107,7 +99,7 @@ async def _ended(service: Service, job: Job) -> Job:
 def _failure(job: Job) -> Exception:
     if job.error is not None:
         error = from_problem(job.error)
-        error.retry_after = error.retry_after or (5.0 if error.retryable else None)
+        error.retry_after = error.retry_after or (5.0 if error.status == 503 else None)
         error.facts = {**error.facts, "job": _shown(job)}
         return error
     if job.state is JobState.CANCELLED:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+import anyio
 import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -23,6 +24,10 @@ from ..errors import EnvdError, InternalError, MethodNotAllowed, NotFound, Reque
 logger = structlog.get_logger(__name__)
 
 QUIET_PATHS = frozenset({"/livez", "/readyz", "/health"})
+
+REST_BYTES = 64 * 1024 * 1024
+REST_SECONDS = 5.0
+"""How much of a body that nobody wants is read before the client is answered anyway, and for how long."""
 
 
 def problem_response(error: EnvdError, instance: str, headers: Mapping[str, str] | None = None) -> Response:
@@ -49,6 +54,7 @@ class Boundary:
             return
         began = time.monotonic()
         request_id = _request_id(Headers(scope=scope).get("x-request-id", ""))
+        body = _Body(receive)
         status: int | None = None
 
         async def send_with_id(message: Message) -> None:
@@ -56,28 +62,68 @@ class Boundary:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 MutableHeaders(scope=message)["x-request-id"] = request_id
-            await send(message)
+                await body.read_rest()
+            await body.send_beside(send, message)
 
         with structlog.contextvars.bound_contextvars(request_id=request_id):
+            # Still percent-encoded: what a stranger sends must not move the cursor of whoever reads the log.
+            facts = {"method": scope["method"], "path": scope["raw_path"].decode("ascii", "replace")}
             try:
-                await self._app(scope, receive, send_with_id)
+                await self._app(scope, body.receive, send_with_id)
             except Exception as error:
-                logger.exception("a request broke", method=scope["method"], path=scope["path"])
+                logger.exception("a request broke", **facts)
                 if status is not None:
                     raise
                 mistake = InternalError(
                     f"The daemon made a mistake: {type(error).__name__}.",
                     hint=f"Its log has the traceback under request id {request_id}.",
                 )
-                await problem_response(mistake, scope["path"])(scope, receive, send_with_id)
+                await problem_response(mistake, scope["path"])(scope, body.receive, send_with_id)
             finally:
                 write = logger.debug if scope["path"] in QUIET_PATHS else logger.info
-                seconds = round(time.monotonic() - began, 4)
-                write("request", method=scope["method"], path=scope["path"], status=status, seconds=seconds)
+                write("request", **facts, status=status, seconds=round(time.monotonic() - began, 4))
+
+
+class _Body:
+    """What is left of a request's body when the answer begins.
+
+    A client that still sends would never read the answer, and hypercorn 0.18 hangs for good on a body of which
+    nobody takes more than its queue holds; so it is read and thrown away, within limits.
+    """
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._complete = False
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._complete = message["type"] == "http.disconnect" or not message.get("more_body", False)
+        return message
+
+    async def read_rest(self) -> None:
+        """Return when all is read, or as soon as that takes too long or is too much."""
+        left = REST_BYTES
+        with anyio.move_on_after(REST_SECONDS):
+            while not self._complete and left > 0:
+                left -= len((await self.receive()).get("body", b""))
+
+    async def send_beside(self, send: Send, message: Message) -> None:
+        """Send, and meanwhile read on if there is still something to read: hypercorn then closes the connection."""
+        if self._complete:
+            await send(message)
+            return
+        async with anyio.create_task_group() as both:
+            both.start_soon(self._read_on)
+            await send(message)
+            both.cancel_scope.cancel()
+
+    async def _read_on(self) -> None:
+        while not self._complete:
+            await self.receive()
 
 
 def _request_id(given: str) -> str:
-    return given if re.fullmatch(r"[\w.:-]{1,64}", given) else secrets.token_hex(8)
+    return given if re.fullmatch(r"[\w.:-]{1,64}", given, re.ASCII) else secrets.token_hex(8)
 
 
 async def _envd_error(request: Request, error: Exception) -> Response:

@@ -31,6 +31,9 @@ from .problems import problem_response
 RETRY_MS = 1000
 SEND_LIMIT = 30.0
 """Seconds that a reader may leave a message unread before it is cut off."""
+LINE_LIMIT = 16_000
+"""Bytes of a data line. Readers have limits of their own, and proxies too."""
+MISSED = "Events were missed; the snapshot is current."
 
 HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -61,17 +64,26 @@ class EventStream:
 
 
 class _Stream:
+    """One stream. What it opens with is made at once, so that its header, its snapshot and the event that follows
+    agree."""
+
     def __init__(self, service: Service, job: Job | None, after: int | None, asked: bool) -> None:
         self._service = service
         self._events: EventLog = service.events
         self._job = job
-        self._asked = asked
-        self._after = after
+        resumed = after is not None and not self._events.missed(after)
+        self._after = after if after is not None and resumed else self._events.last
+        self._ended = job is not None and job.state.terminal and not resumed
+        self._opening = f"retry: {RETRY_MS}\n\n".encode() + self._snapshot()
+        if asked and not resumed:
+            self._opening += _message("gap", {"kind": "gap", "data": {"message": MISSED}})
+        if self._ended:
+            self._opening += _encode(self._terminal_event())
 
     async def play(self, receive: Receive, send: Send) -> None:
         """Send until the end of the job, of the daemon, or of the reader's patience."""
-        resumed = self._after is not None and not self._events.missed(self._after)
-        headers = [*HEADERS, (b"last-event-id", self._before(resumed).encode())]
+        # The event before the first one sent, so that the caller can tell whether it lost any.
+        headers = [*HEADERS, (b"last-event-id", f"{self._events.epoch}-{self._after}".encode())]
         await send({"type": "http.response.start", "status": 200, "headers": headers})
         async with anyio.create_task_group() as tasks:
 
@@ -82,7 +94,7 @@ class _Stream:
 
             tasks.start_soon(watch_for_hangup)
             try:
-                async with aclosing(self._pieces(resumed)) as pieces:
+                async with aclosing(self._pieces()) as pieces:
                     async for piece in pieces:
                         with anyio.fail_after(SEND_LIMIT):
                             await send({"type": "http.response.body", "body": piece, "more_body": True})
@@ -92,42 +104,37 @@ class _Stream:
         with anyio.move_on_after(1):
             await send({"type": "http.response.body", "body": b""})
 
-    def _before(self, resumed: bool) -> str:
-        """The event before the first one sent, so that the caller can tell whether it lost any."""
-        return f"{self._events.epoch}-{self._after}" if resumed else self._events.last_id
-
-    async def _pieces(self, resumed: bool) -> AsyncGenerator[bytes, None]:
-        after = (
-            self._after if resumed and self._after is not None else self._events.sequence_of(self._events.last_id) or 0
-        )
-        yield f"retry: {RETRY_MS}\n\n".encode() + self._snapshot(after)
-        if self._asked and not resumed:
-            yield _message("gap", {"kind": "gap", "data": {"message": "Events were missed; the snapshot is current."}})
-        if self._job is not None and self._job.state.terminal and not resumed:
-            yield _encode(self._terminal_event())
+    async def _pieces(self) -> AsyncGenerator[bytes, None]:
+        yield self._opening
+        if self._ended:
             return
-        async for batch in self._events.follow(after, self._service.settings.heartbeat):
-            if batch is None:
-                yield b": still here\n\n"
-                continue
-            wanted = [event for event in batch if self._job is None or event.job_id == self._job.id]
-            if wanted:
-                yield b"".join(_encode(event) for event in wanted)
-            if self._job is not None and any(event.terminal for event in wanted):
-                return
-        retry_s = round(random.uniform(1, 5), 2)
-        yield f"retry: {int(retry_s * 1000)}\n".encode() + _message(
-            "server-shutdown", {"kind": "server-shutdown", "data": {"retry_s": retry_s}}
-        )
+        following = self._events.follow(self._after, self._service.settings.heartbeat, self._concerns)
+        async with aclosing(following) as batches:
+            async for batch in batches:
+                if batch is None:
+                    yield b": still here\n\n"
+                    continue
+                yield b"".join(_encode(event) for event in batch)
+                if self._job is not None and any(event.terminal for event in batch):
+                    return
+        # A reader that fell behind is let go without a word: when it comes back it is told of the gap.
+        if self._events.closed:
+            retry_s = round(random.uniform(1, 5), 2)
+            yield f"retry: {int(retry_s * 1000)}\n".encode() + _message(
+                "server-shutdown", {"kind": "server-shutdown", "data": {"retry_s": retry_s}}
+            )
 
-    def _snapshot(self, after: int) -> bytes:
+    def _concerns(self, event: Event) -> bool:
+        return self._job is None or event.job_id == self._job.id
+
+    def _snapshot(self) -> bytes:
         """The state now. Its id is where the events that follow begin, so a reader that drops here resumes without
         loss."""
         if self._job is None:
             data = self._service.snapshot()
         else:
             data = {"job": self._service.queue.get(self._job.id).model_dump(mode="json")}
-        return f"id: {self._events.epoch}-{after}\n".encode() + _message("snapshot", data)
+        return f"id: {self._events.epoch}-{self._after}\n".encode() + _message("snapshot", data)
 
     def _terminal_event(self) -> Event:
         """For a watcher that comes after the end: the end again, under the id the log has reached."""
@@ -177,8 +184,16 @@ async def _counted(service: Service) -> AsyncIterator[None]:
 
 
 def _encode(event: Event) -> bytes:
-    return b"id: %b\nevent: %b\ndata: %b\n\n" % (event.id.encode(), event.kind.encode(), event.encoded)
+    return b"id: %b\nevent: %b\n%b\n" % (event.id.encode(), event.kind.encode(), _data(event.encoded))
 
 
 def _message(kind: str, data: dict[str, Any]) -> bytes:
-    return f"event: {kind}\ndata: {json.dumps(data, allow_nan=False)}\n\n".encode()
+    return b"event: %b\n%b\n" % (kind.encode(), _data(json.dumps(data, allow_nan=False).encode()))
+
+
+def _data(document: bytes) -> bytes:
+    """One line; for a large document several, broken where JSON has white space, which readers join again."""
+    if len(document) <= LINE_LIMIT:
+        return b"data: %b\n" % document
+    lines = json.dumps(json.loads(document), indent=0).encode().split(b"\n")
+    return b"".join(b"data: %b\n" % line for line in lines)

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 
-import anyio
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from .. import __version__
 from ..boot.queue import Reset
-from ..errors import Draining, InvalidRequest
+from ..errors import InvalidRequest
 from ..models import Job, JobState, ResetRequest, StepRequest
 from ..settings import effective
-from .bodies import env_of, number_in_query, read_json, read_model, service_of
+from .bodies import env_of, hold, number_in_query, read_json, read_model, service_of
 from .sse import EventStream
 
 LONGEST_POLL = 60.0
@@ -56,33 +56,28 @@ async def job(request: Request) -> Response:
     wait = number_in_query(request, "wait", 0, LONGEST_POLL)
     after = int(number_in_query(request, "after", 0, 2**53))
     if wait and found.version <= after and not found.state.terminal:
-        async with anyio.create_task_group() as race:
-
-            async def wake_at_shutdown() -> None:
-                await service.draining.wait()
-                race.cancel_scope.cancel()
-
-            race.start_soon(wake_at_shutdown)
-            found = await service.queue.changed(job_id, after, wait)
-            race.cancel_scope.cancel()
-        if service.draining.is_set() and found.version <= after:
-            raise Draining("The daemon is shutting down.", hint="The job is cancelled with it.", retry_after=5)
-    if request.headers.get("if-none-match") == f'"{found.version}"':
-        return Response(status_code=304, headers={"ETag": f'"{found.version}"'})
+        changed = await hold(request, lambda: service.queue.changed(job_id, after, wait))
+        if changed is None:
+            service.refuse_when_draining()
+        found = changed or service.queue.get(job_id)
+    tag = f'"{found.version}"'
+    if tag in re.split(r"\s*,\s*|W/", request.headers.get("if-none-match", "")):
+        return Response(status_code=304, headers={"ETag": tag})
     return job_json(found)
 
 
 async def jobs(request: Request) -> Response:
     """The jobs that are kept, newest first, of one `env` or in one `state` if given, at most 1,000."""
     query = request.query_params
-    env, state = query.get("env"), query.get("state")
+    env = number_in_query(request, "env", 0, 10**6) if "env" in query else None
+    state = query.get("state")
     if state is not None and state not in list(JobState):
         message = f"must be one of {', '.join(JobState)}"
         raise InvalidRequest(f"state: {message}.", errors=[{"field": "state", "message": message}])
     found = [
         one
         for one in reversed(tuple(service_of(request).store.jobs()))
-        if (env is None or str(one.env) == env) and (state is None or one.state == state)
+        if (env is None or one.env == env) and (state is None or one.state == state)
     ]
     return JSONResponse({"jobs": [one.model_dump(mode="json") for one in found[:1000]]})
 
@@ -177,8 +172,8 @@ routes = [
     Route("/v1/jobs", jobs),
     Route("/v1/jobs/{job}", job),
     Route("/v1/jobs/{job}/cancel", cancel, methods=["POST"]),
-    Route("/v1/jobs/{job}/events", EventStream()),
-    Route("/v1/events", EventStream()),
+    Route("/v1/jobs/{job}/events", EventStream(), methods=["GET"]),
+    Route("/v1/events", EventStream(), methods=["GET"]),
     Route("/v1/queue", queue),
     Route("/v1/prewarm", prewarm, methods=["POST"]),
     Route("/livez", livez),

@@ -6,17 +6,24 @@ sleep. A task that needs another one is refused before a desktop is spent on it;
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import anyio
 
-from ..errors import EnvdError, SetupFailed, TaskInvalid
+from ..errors import EnvdError, GuestMisbehaved, SetupFailed, TaskInvalid
 from ..guest import Guest
 
 Parameters = dict[str, Any]
 Run = Callable[[Guest, Parameters], Awaitable[str]]
 """Runs one step; answers a warning, or "" when there is nothing to say."""
+
+LONGEST_ID = 200
+LONGEST_SLEEP = 600
+ERRORS_SHOWN = 100
+PLACEHOLDER = re.compile(r"\{(CLIENT_PASSWORD|SCREEN_(?:WIDTH|HEIGHT)(?:_HALF)?)\}")
+"""Upstream fills these in (osworld-facts 5); sent as they are, they would do something else than the task means."""
 
 OPEN_TIMEOUT = 300.0
 """Seconds. The newer guest server answers only when the file's window is there."""
@@ -24,19 +31,25 @@ OPEN_TIMEOUT = 300.0
 
 def check(task: dict[str, Any]) -> None:
     """Raise TaskInvalid, naming each field at fault, for a task that this daemon cannot set up."""
-    config = task.get("config") or []
-    if not isinstance(config, list):
-        raise TaskInvalid(
-            "config is no list.", errors=[{"field": "config", "message": "must be a list of set-up steps"}]
-        )
     errors = [
-        {"field": f"config[{index}]", "message": wrong} for index, step in enumerate(config) if (wrong := _wrong(step))
+        {"field": field, "message": message}
+        for field, wrong, message in (
+            ("id", not _is_name(task.get("id")), f"must be a string of at most {LONGEST_ID} characters"),
+            ("task_id", not _is_name(task.get("task_id")), f"must be a string of at most {LONGEST_ID} characters"),
+            ("instruction", not isinstance(task.get("instruction", ""), str), "must be a string"),
+            ("config", not isinstance(task.get("config") or [], list), "must be a list of set-up steps"),
+        )
+        if wrong
     ]
-    if not isinstance(task.get("instruction", ""), str):
-        errors.append({"field": "instruction", "message": "must be a string"})
+    if not any(error["field"] == "config" for error in errors):
+        errors += [
+            {"field": f"config[{index}]", "message": wrong}
+            for index, step in enumerate(task.get("config") or [])
+            if (wrong := _wrong(step))
+        ]
     if errors:
         summary = "; ".join(f"{error['field']}: {error['message']}" for error in errors[:5])
-        raise TaskInvalid(f"The task cannot be set up: {summary}.", errors=errors)
+        raise TaskInvalid(f"The task cannot be set up: {summary}.", errors=errors[:ERRORS_SHOWN])
 
 
 async def run(task: dict[str, Any], guest: Guest, warn: Callable[[str], None]) -> None:
@@ -56,22 +69,40 @@ async def run(task: dict[str, Any], guest: Guest, warn: Callable[[str], None]) -
             warn(f"config[{index}] {kind}: {warning}")
 
 
+def _is_name(value: object) -> bool:
+    return value is None or (isinstance(value, str | int) and len(str(value)) <= LONGEST_ID)
+
+
 def _wrong(step: object) -> str:
     if not isinstance(step, dict) or not isinstance(step.get("type"), str):
         return "must be an object with a type"
     kind, parameters = step["type"], step.get("parameters") or {}
     if kind not in STEPS:
-        return f"this version has no set-up step {kind!r}; it has {', '.join(sorted(STEPS))}"
+        return f"this version has no set-up step {kind[:60]!r}; it has {', '.join(sorted(STEPS))}"
     if not isinstance(parameters, dict):
         return "parameters must be an object"
-    missing = [name for name in NEEDS[kind] if name not in parameters]
-    if missing:
-        return f"{kind} needs {', '.join(missing)}"
-    if kind == "sleep" and not (isinstance(parameters["seconds"], int | float) and 0 <= parameters["seconds"] <= 600):
-        return "seconds must be a number from 0 to 600"
+    name, fits, wanted = NEEDS[kind]
+    if name not in parameters:
+        return f"{kind} needs {name}"
+    if not fits(parameters[name]):
+        return f"{name} must be {wanted}"
     if parameters.get("until"):
         return "until is not supported by this version"
+    if placeholder := PLACEHOLDER.search(str(parameters.get("command", ""))):
+        return f"the placeholder {placeholder[0]} is not supported by this version"
     return ""
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str) and value != ""
+
+
+def _is_command(value: object) -> bool:
+    return _is_text(value) or (isinstance(value, list) and value != [] and all(isinstance(word, str) for word in value))
+
+
+def _is_pause(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value <= LONGEST_SLEEP
 
 
 async def _launch(guest: Guest, parameters: Parameters) -> str:
@@ -104,7 +135,11 @@ def _window(path: str) -> Run:
             "strict": bool(parameters.get("strict")),
             "by_class": bool(parameters.get("by_class")),
         }
-        await guest.post(path, body, 30)
+        try:
+            await guest.post(path, body, 30)
+        except GuestMisbehaved as error:
+            # No window of that name: upstream logs it and goes on, and there are tasks that rely on that.
+            return error.detail
         return ""
 
     return call
@@ -119,12 +154,15 @@ STEPS: dict[str, Run] = {
     "activate_window": _window("/setup/activate_window"),
     "close_window": _window("/setup/close_window"),
 }
-NEEDS: dict[str, tuple[str, ...]] = {
-    "launch": ("command",),
-    "execute": ("command",),
-    "command": ("command",),
-    "open": ("path",),
-    "sleep": ("seconds",),
-    "activate_window": ("window_name",),
-    "close_window": ("window_name",),
+COMMAND = ("command", _is_command, "a command line or a list of words")
+WINDOW = ("window_name", _is_text, "the title of a window")
+NEEDS: dict[str, tuple[str, Callable[[object], bool], str]] = {
+    "launch": COMMAND,
+    "execute": COMMAND,
+    "command": COMMAND,
+    "open": ("path", _is_text, "a path"),
+    "sleep": ("seconds", _is_pause, f"a number from 0 to {LONGEST_SLEEP}"),
+    "activate_window": WINDOW,
+    "close_window": WINDOW,
 }
+"""The one parameter that each type cannot do without, and what it must be."""
