@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import marshal
 import os
 import re
 import signal
@@ -32,7 +33,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, ClassVar, Self
+from typing import IO, TYPE_CHECKING, Any, ClassVar, Self
 from weakref import WeakValueDictionary
 
 import anyio
@@ -42,7 +43,10 @@ from ...models import Endpoints
 from ...settings import Settings
 from ..base import Death, Driver, InstanceSpec, Report, Traits
 from . import sandbox
-from .supervisor import Config, Program, descendants, parents
+from .supervisor import descendants, parents
+
+if TYPE_CHECKING:
+    from .supervisor import Config, Program
 
 _ID = re.compile(r"[a-z0-9-]{1,63}")
 _SPAWN_SECONDS = 10.0
@@ -80,9 +84,9 @@ class LocalDriver(Driver):
     ) -> None:
         """The desktops that are left end, since they cannot outlive this process. `list` still tells of them."""
         with anyio.CancelScope(shield=True):
-            for desktop in self._desktops.values():
-                await desktop.end()
-        # Every watcher ends with its desktop. What went wrong in the caller's block is not the group's business.
+            await asyncio.gather(*(desktop.end() for desktop in self._desktops.values()), return_exceptions=True)
+        self._watchers.cancel_scope.cancel()  # of a desktop that could not be ended; the others' are done
+        # What went wrong in the caller's block is not the group's business.
         await self._watchers.__aexit__(None, None, None)
         self._desktops.clear()
 
@@ -162,54 +166,55 @@ class LocalDriver(Driver):
             )
 
     async def _start(self, spec: InstanceSpec) -> _Desktop:
-        directory = self._directory(spec.id)
         try:
-            log_fd = await anyio.to_thread.run_sync(_prepare, directory)
+            desktop, status = await self._spawn(spec)
         except FileExistsError as error:
             raise BootFailed(f"There is a desktop {spec.id} already.", phase="create") from error
         except OSError as error:
-            raise BootFailed(f"The desktop's files cannot be made: {error}.", phase="create") from error
-        with contextlib.ExitStack() as ours, contextlib.ExitStack() as handed_over:
+            raise BootFailed(f"The desktop cannot be started: {error}.", phase="create") from error
+        self._desktops[spec.id] = desktop
+        self._watchers.start_soon(desktop.watch, status)
+        await desktop.entered.wait()
+        return desktop
+
+    async def _spawn(self, spec: InstanceSpec) -> tuple[_Desktop, IO[bytes]]:
+        """Raises OSError. Returns the reading end of the status pipe with the desktop."""
+        directory = self._directory(spec.id)
+        places = sandbox.INSIDE if self._sandboxed else sandbox.outside(self._root, directory)
+        log_fd = await anyio.to_thread.run_sync(_prepare, directory)
+        with contextlib.ExitStack() as held, contextlib.ExitStack() as handed_over:
             handed_over.callback(os.close, log_fd)
             agent = handed_over.enter_context(socket.create_server(("127.0.0.1", 0)))
-            status, status_write = os.pipe()
-            handed_over.callback(os.close, status_write)
-            bwrap_status = os.dup(status_write)
-            handed_over.callback(os.close, bwrap_status)
-            cdp = ours.enter_context(_reserved_port())
-            display_socket, display = _reserved_display(shared_tmp=not self._sandboxed)
-            ours.enter_context(display_socket)
-            status_pipe = ours.enter_context(open(status, "rb", buffering=0))  # noqa: ASYNC230 - a pipe
-            places = sandbox.INSIDE if self._sandboxed else sandbox.outside(self._root, directory)
-            command, environment = [], _environment(places, display, _port(cdp))
-            if self._sandboxed:
-                command = sandbox.bubblewrap(self._root, directory, hide=self._state_dir, status=bwrap_status)
-            else:
-                environment |= {"TMPDIR": places.tmp, _MARK: str(directory)}
-            config = _config(places, display, spec.screen, log_fd=log_fd, agent=agent, sandboxed=self._sandboxed)
+            status, status_write = _pipe()
+            held.enter_context(status)
+            handed_over.enter_context(status_write)
+            cdp = held.enter_context(_reserved_port())
+            display = held.enter_context(_ReservedDisplay(shared_tmp=not self._sandboxed)).number
             await anyio.to_thread.run_sync(
                 sandbox.write_cookie, directory / "home" / ".Xauthority", display, self._sandboxed
             )
+            inherited = [log_fd, agent.fileno()]
+            environment = _environment(places, display, _port(cdp))
+            command = []
+            if self._sandboxed:
+                inherited.append(os.dup(status_write.fileno()))  # bubblewrap closes it before the desktop begins
+                handed_over.callback(os.close, inherited[-1])
+                command = sandbox.bubblewrap(self._root, directory, hide=self._state_dir, status=inherited[-1])
+            else:
+                environment |= {"TMPDIR": places.tmp, _MARK: str(directory)}
+            config: Any = _config(places, display, spec.screen, log_fd=log_fd, agent=agent, sandboxed=self._sandboxed)
             process = await asyncio.create_subprocess_exec(
-                *(*command, sys.executable, "-I", "-S", str(sandbox.SUPERVISOR), json.dumps(config)),
+                *(*command, sys.executable, "-I", "-S", str(sandbox.SUPERVISOR), marshal.dumps(config).hex()),
                 stdin=asyncio.subprocess.PIPE,
                 stdout=status_write,
                 stderr=log_fd,
-                pass_fds=(log_fd, agent.fileno(), bwrap_status),
+                pass_fds=inherited,
                 env=environment,
                 cwd=directory / "home",
                 start_new_session=True,
             )
-            desktop = _Desktop(
-                endpoints=Endpoints(guest=f"http://127.0.0.1:{_port(agent)}", cdp=f"http://127.0.0.1:{_port(cdp)}"),
-                process=process,
-                sandboxed=self._sandboxed,
-                held=ours.pop_all(),
-            )
-        self._desktops[spec.id] = desktop
-        self._watchers.start_soon(desktop.watch, status_pipe)
-        await desktop.entered.wait()
-        return desktop
+            endpoints = Endpoints(guest=f"http://127.0.0.1:{_port(agent)}", cdp=f"http://127.0.0.1:{_port(cdp)}")
+            return _Desktop(endpoints, process, sandboxed=self._sandboxed, held=held.pop_all()), status
 
 
 @dataclass(eq=False)
@@ -244,11 +249,14 @@ class _Desktop:
             if self.sandboxed:
                 self._enter(await _next_event(reader))
             self.entered.set()
-            while (event := await _next_event(reader)).get("event") == "display":
+            event = await _next_event(reader)
+            if event.get("event") == "display":
                 self.drawn.set()
+                event = await _next_event(reader)
             self._note_death(event)
             transport.close()
             await self.process.wait()
+            await self._emptied()
         finally:
             transport.close()
             self._finish()
@@ -264,8 +272,7 @@ class _Desktop:
         if self.over.is_set():
             return
         if self._init is not None:
-            with contextlib.suppress(ProcessLookupError):
-                signal.pidfd_send_signal(self._init, signal.SIGKILL)
+            self._kill_init(self._init)
         elif self.process.stdin is not None:
             self.process.stdin.close()  # the supervisor ends what it started, then itself
         with anyio.move_on_after(_END_SECONDS / 2):
@@ -287,18 +294,33 @@ class _Desktop:
             with contextlib.suppress(ProcessLookupError):
                 self._init = os.pidfd_open(pid)
 
+    async def _emptied(self) -> None:
+        """bubblewrap ends when its program does, and only then does the namespace begin to die with it."""
+        if self._init is None:
+            return
+        self._kill_init(self._init)
+        gone, loop = asyncio.Event(), asyncio.get_running_loop()
+        loop.add_reader(self._init, gone.set)
+        try:
+            await gone.wait()
+        finally:
+            loop.remove_reader(self._init)
+
+    def _kill_init(self, init: int) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(init, signal.SIGKILL)
+
     def _note_death(self, event: dict[str, Any]) -> None:
-        if event.get("event") == "death" and not self._reason:
-            what, code, by = event.get("what"), event.get("code"), event.get("signal")
-            self._reason = f"{what!s:.80} {_ending(code, by)}"
-            self._code = code if isinstance(code, int) and not isinstance(by, int) else None
+        what, status = event.get("what"), event.get("status")
+        if event.get("event") == "death" and isinstance(status, int) and not self._reason:
+            self._reason, self._code = f"{what!s:.80} {_ending(status)}", status
 
     def _finish(self) -> None:
-        code = self.process.returncode
-        if not self._reason:
-            # bubblewrap reports a signal in the way of shells.
-            by = -code if code is not None and code < 0 else code - 128 if code is not None and code > 128 else None
-            self._reason, self._code = f"the desktop's supervisor {_ending(code, by)}", code
+        status = self.process.returncode
+        if not self._reason and status is not None:
+            # bubblewrap tells of a signal in the way of shells.
+            self._code = 128 - status if self.sandboxed and status > 128 else status
+            self._reason = f"the desktop's supervisor {_ending(self._code)}"
         self.death = Death(self._reason, self._code)
         self.held.close()
         if self.process.stdin is not None:
@@ -319,13 +341,14 @@ async def _next_event(reader: asyncio.StreamReader) -> dict[str, Any]:
     return event if isinstance(event, dict) else {}
 
 
-def _ending(code: object, by: object) -> str:
-    if isinstance(by, int):
-        try:
-            return f"was killed by {signal.Signals(by).name}"
-        except ValueError:
-            return f"was killed by signal {by}"
-    return f"ended with code {code}"
+def _ending(status: int) -> str:
+    """Of a process, by its exit code, or the negative of the signal that killed it."""
+    if status >= 0:
+        return f"ended with code {status}"
+    try:
+        return f"was killed by {signal.Signals(-status).name}"
+    except ValueError:
+        return f"was killed by signal {-status}"
 
 
 def _reserved_port() -> socket.socket:
@@ -336,22 +359,35 @@ def _reserved_port() -> socket.socket:
     return reservation
 
 
-def _reserved_display(*, shared_tmp: bool) -> tuple[socket.socket, int]:
-    """The first display number that no X server of this host has. Where /tmp is shared, one that keeps to its files
-    (`-nolisten local`) can still take it before ours is up."""
-    reservation = socket.socket(socket.AF_UNIX)
-    for number in range(10_000):
-        if shared_tmp and any(os.path.lexists(path) for path in _x_files(number)):
-            continue
-        with contextlib.suppress(OSError):
-            reservation.bind(f"\0/tmp/.X11-unix/X{number}")
-            return reservation, number
-    reservation.close()
-    raise BootFailed("No X display number is free on this host.", phase="create")
+class _ReservedDisplay:
+    """The first display number that no X server of this host has, held by its abstract socket. Where /tmp is shared,
+    a server that keeps to its files (`-nolisten local`) can still take it before ours is up."""
+
+    def __init__(self, *, shared_tmp: bool) -> None:
+        self._socket = socket.socket(socket.AF_UNIX)
+        for self.number in range(10_000):
+            if shared_tmp and any(os.path.lexists(path) for path in _x_files(self.number)):
+                continue
+            with contextlib.suppress(OSError):
+                self._socket.bind(f"\0/tmp/.X11-unix/X{self.number}")
+                return
+        self._socket.close()
+        raise OSError("no X display number is free on this host")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
 
 
 def _x_files(display: int) -> list[str]:
     return [f"/tmp/.X{display}-lock", f"/tmp/.X11-unix/X{display}"]
+
+
+def _pipe() -> tuple[IO[bytes], IO[bytes]]:
+    read, write = os.pipe()
+    return open(read, "rb", buffering=0), open(write, "wb", buffering=0)
 
 
 def _port(sock: socket.socket) -> int:
@@ -388,22 +424,22 @@ def _config(
     sandboxed: bool,
 ) -> Config:
     def program(name: str, *argv: str, essential: bool = False, inherits: int | None = None) -> Program:
-        return Program(name=name, argv=list(argv), essential=essential, socket=inherits)
+        return {"name": name, "argv": list(argv), "essential": essential, "socket": inherits}
 
     bus = f"unix:path={places.runtime}/bus"
     port = str(_port(agent))
-    return Config(
-        status=1,
-        control=0,
-        log=log_fd,
-        litter=[] if sandboxed else _x_files(display),
-        subreaper=not sandboxed,
-        x=program(
+    return {
+        "status": 1,
+        "control": 0,
+        "log": log_fd,
+        "litter": [] if sandboxed else _x_files(display),
+        "subreaper": not sandboxed,
+        "x": program(
             *("X server", "Xvfb", f":{display}", "-displayfd", "3", "-screen", "0", f"{screen[0]}x{screen[1]}x24"),
             *("-nolisten", "tcp", "-nolisten", "local", "-noreset", "-s", "0", "-auth", f"{places.home}/.Xauthority"),
             essential=True,
         ),
-        beside_x=[
+        "beside_x": [
             # Nobody knows its port before X is up, and it does not look at X before it is asked.
             program(
                 *("guest server", "python", "-m", "envd.agent", "--host", "127.0.0.1", "--port", port, "--fd", "3"),
@@ -412,12 +448,12 @@ def _config(
             ),
             program("dbus", "dbus-daemon", "--session", f"--address={bus}", "--nofork", "--nopidfile", "--nosyslog"),
         ],
-        after_x=[
+        "after_x": [
             program("chromium", "google-chrome", "--remote-debugging-port=1337", "about:blank"),
             program("window manager", "openbox", "--sm-disable", essential=True),
             program("background", "xsetroot", "-solid", "#30506a"),
         ],
-    )
+    }
 
 
 def _prepare(directory: Path) -> int:

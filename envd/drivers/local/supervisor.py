@@ -1,50 +1,53 @@
 """The first process of a `local` desktop: starts its programs in order, tells the driver, and ends with the desktop.
 
-Run as a file by a bare interpreter (`python -I -S supervisor.py CONFIG`), since every import here delays every reset;
-so it uses the standard library alone, and of that little. CONFIG is JSON, see `Config`.
+Run as a file by a bare interpreter (`python -I -S supervisor.py CONFIG`). Every import here delays every reset, so it
+does without json, signal and typing (each costs 5 to 15 ms) and whatever imports them. CONFIG is a `Config`, marshalled
+and in hexadecimal.
 
 It writes JSON lines to the status pipe: {"event": "display"} once X accepts connections, and {"event": "death",
-"what": …, "code": …, "signal": …} as its last word when a program died without which there is no desktop. It ends when
-the control pipe does, which happens when the driver closes it or dies.
+"what": …, "status": …} as its last word when a program died without which there is no desktop (`status` is what
+subprocess.Popen.returncode would be). It ends when the control pipe does: when the driver closes it, or dies.
 """
 
-import contextlib
-import json
+from __future__ import annotations
+
+import marshal
 import os
 import resource
-import selectors
-import signal
+import select
 import sys
 import time
-from typing import TypedDict
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from typing import TypedDict
+
+    class Program(TypedDict):
+        name: str
+        argv: list[str]
+        essential: bool
+        """Whether the desktop ends with it."""
+        socket: int | None
+        """A file that it gets as file descriptor 3."""
+
+    class Config(TypedDict):
+        status: int
+        control: int
+        log: int
+        x: Program
+        """Its file descriptor 3 is where it says that it is up."""
+        beside_x: list[Program]
+        """Started at once: they need X late, or not at all."""
+        after_x: list[Program]
+        litter: list[str]
+        """Files to remove at the end, where no private /tmp goes with the desktop."""
+        subreaper: bool
+        """Outside of a pid namespace, the only way to find what was started and left its parent."""
+
 
 LOG_LIMIT = 1024 * 1024
 """Bytes. A longer log loses its first half."""
 LONGEST_LINE = 4096
-
-
-class Program(TypedDict):
-    name: str
-    argv: list[str]
-    essential: bool
-    """Whether the desktop ends with it."""
-    socket: int | None
-    """A listening socket that it gets as file descriptor 3."""
-
-
-class Config(TypedDict):
-    status: int
-    control: int
-    log: int
-    x: Program
-    """Its file descriptor 3 is where it says that it is up."""
-    beside_x: list[Program]
-    """Started at once: they need X late, or not at all."""
-    after_x: list[Program]
-    litter: list[str]
-    """Files to remove at the end, where no private /tmp goes with the desktop."""
-    subreaper: bool
-    """Outside of a pid namespace, the only way to find what was started and left its parent."""
 
 
 class Supervisor:
@@ -55,7 +58,7 @@ class Supervisor:
         self.started = time.monotonic()
         self.programs: dict[int, Program] = {}
         self.partial: dict[int, tuple[str, bytes]] = {}
-        self.selector = selectors.DefaultSelector()
+        self.poll = select.poll()
 
     def run(self) -> None:
         """Returns when the desktop is over."""
@@ -63,44 +66,32 @@ class Supervisor:
         for fd in (self.config["status"], self.config["control"], self.config["log"], *sockets):
             if fd is not None:
                 os.set_inheritable(fd, False)
-        wakeup = self._wake_on_child()
-        self._watch(self.config["control"])
-        self._watch(wakeup)
         display, display_write = os.pipe()
-        self._watch(display)
         self._start({**self.config["x"], "socket": display_write})
         for program in self.config["beside_x"]:
             self._start(program)
+        self.poll.register(self.config["control"], select.POLLIN)
+        self.poll.register(display, select.POLLIN)
         while True:
-            for key, _ in self.selector.select():
-                if key.fd == self.config["control"]:
+            for fd, _ in self.poll.poll():
+                if fd == self.config["control"]:
                     return
-                if key.fd == wakeup:
-                    os.read(wakeup, 4096)
-                elif key.fd == display:
-                    self.selector.unregister(display)
+                if fd == display:
+                    self.poll.unregister(display)
                     if os.read(display, 64):  # else X died instead, and is reaped in a moment
                         self._x_is_up()
-                else:
-                    self._pump(key.fd)
+                elif fd in self.partial:
+                    self._pump(fd)
+                else:  # the pidfd of a program that has ended
+                    self.poll.unregister(fd)
+                    os.close(fd)
             if self._reap():
                 return
-
-    def _wake_on_child(self) -> int:
-        """A file descriptor that becomes readable when a child ended."""
-        read, write = os.pipe()
-        os.set_blocking(write, False)
-        signal.set_wakeup_fd(write)
-        signal.signal(signal.SIGCHLD, lambda *_: None)
-        return read
-
-    def _watch(self, fd: int) -> None:
-        self.selector.register(fd, selectors.EVENT_READ)
 
     def _x_is_up(self) -> None:
         for program in self.config["after_x"]:
             self._start(program)
-        self._tell(event="display")
+        self._tell('{"event": "display"}')
 
     def _start(self, program: Program) -> None:
         output, child_output = os.pipe()
@@ -122,11 +113,12 @@ class Supervisor:
             os.close(passed)
         if pid:
             self.programs[pid] = program
+            self.poll.register(os.pidfd_open(pid), select.POLLIN)
         elif program["essential"]:
-            self._tell(event="death", what=program["name"], code=127, signal=None)
+            self._tell_death(program, 127)
             raise SystemExit(1)
         self.partial[output] = program["name"], b""
-        self._watch(output)
+        self.poll.register(output, select.POLLIN)
 
     def _pump(self, fd: int) -> None:
         """Carry what a program printed to the log, line by line."""
@@ -139,7 +131,7 @@ class Supervisor:
             self._log(name, line[:LONGEST_LINE])
         self.partial[fd] = name, rest
         if not read:
-            self.selector.unregister(fd)
+            self.poll.unregister(fd)
             os.close(fd)
             del self.partial[fd]
 
@@ -163,10 +155,8 @@ class Supervisor:
         # What needs X follows it within a moment, and may be seen first.
         time.sleep(0.01)
         dead += self._collect()
-        essential = [(program["name"], status) for program, status in dead if program["essential"]]
-        what, status = min(essential, key=lambda one: one[0] != self.config["x"]["name"])
-        code = os.waitstatus_to_exitcode(status)
-        self._tell(event="death", what=what, code=max(code, 0), signal=-code if code < 0 else None)
+        essential = [(program, status) for program, status in dead if program["essential"]]
+        self._tell_death(*min(essential, key=lambda one: one[0]["name"] != self.config["x"]["name"]))
         return True
 
     def _collect(self) -> list[tuple[Program, int]]:
@@ -180,13 +170,15 @@ class Supervisor:
                 return dead
             program = self.programs.pop(pid, None)
             if program is not None:
-                dead.append((program, status))
                 code = os.waitstatus_to_exitcode(status)
-                ending = f"ended with code {code}" if code >= 0 else f"was killed by signal {-code}"
-                self._log(program["name"], ending.encode())
+                dead.append((program, code))
+                self._log(program["name"], b"ended with %d" % code if code >= 0 else b"killed by signal %d" % -code)
 
-    def _tell(self, **event: object) -> None:
-        os.write(self.config["status"], json.dumps(event).encode() + b"\n")
+    def _tell_death(self, program: Program, code: int) -> None:
+        self._tell(f'{{"event": "death", "what": "{program["name"]}", "status": {code}}}')
+
+    def _tell(self, event: str) -> None:
+        os.write(self.config["status"], event.encode() + b"\n")
 
 
 def parents() -> dict[int, int]:
@@ -217,10 +209,13 @@ def descendants(root: int) -> set[int]:
 
 def kill_descendants() -> None:
     """Until there are none; a program that forks while it is killed is met again in the next round."""
+    sigkill = 9
     while below := descendants(os.getpid()):
         for pid in below:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+            try:
+                os.kill(pid, sigkill)
+            except ProcessLookupError:
+                pass
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
@@ -230,24 +225,31 @@ def kill_descendants() -> None:
 
 
 def main() -> None:
-    config: Config = json.loads(sys.argv[1])
+    config: Config = marshal.loads(bytes.fromhex(sys.argv[1]))
     os.umask(0o022)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     with open("/proc/self/oom_score_adj", "w") as file:
         file.write("300")  # a desktop that eats all memory is to die before the daemon
     if config["subreaper"]:
-        import ctypes
-
-        pr_set_child_subreaper = 36
-        ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1)
+        become_subreaper()
     try:
         Supervisor(config).run()
     finally:
         if config["subreaper"]:
             kill_descendants()
         for path in config["litter"]:
-            with contextlib.suppress(OSError):
+            try:
                 os.unlink(path)
+            except OSError:
+                pass
+
+
+def become_subreaper() -> None:
+    """What loses its parent below us becomes our child (prctl(2))."""
+    import ctypes
+
+    pr_set_child_subreaper = 36
+    ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,235 @@
+"""What every driver promises (`drivers/base.py`), held against each: one set of tests, all providers.
+
+A driver takes part by being an item of DRIVERS: how it is made, and how one of its instances is made to die by itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import aiohttp
+import anyio
+import pytest
+from PIL import Image
+
+from envd.boot.probes import Readiness
+from envd.drivers import make_driver
+from envd.drivers.base import Death, Driver, InstanceSpec
+from envd.drivers.sim import SimDriver
+from envd.errors import BootFailed
+from envd.guest import Cdp, Guest
+from envd.models import Endpoints, Probe
+from envd.settings import Settings
+
+SCREEN = (800, 600)
+
+
+@dataclass(frozen=True)
+class Provider:
+    name: str
+    kill: Callable[[Driver, str, Endpoints], Awaitable[str]]
+    """Make the instance die by itself. Returns a word that the reason of its death must have."""
+
+    def driver(self, state_dir: Path, daemon_id: str = "test") -> Driver:
+        return make_driver(Settings(provider=self.name, state_dir=state_dir, screen=SCREEN), daemon_id)
+
+
+async def stop_the_sim(driver: Driver, instance_id: str, _: Endpoints) -> str:
+    assert isinstance(driver, SimDriver)
+    driver.kill(instance_id, "pulled the plug")
+    return "plug"
+
+
+async def kill_the_x_server(_: Driver, __: str, endpoints: Endpoints) -> str:
+    async with aiohttp.ClientSession() as http:
+        await Guest(http, endpoints.guest).launch(["pkill", "-KILL", "Xvfb"])
+    return "X server"
+
+
+DRIVERS = [
+    pytest.param(Provider("sim", stop_the_sim), id="sim"),
+    pytest.param(Provider("local", kill_the_x_server), id="local", marks=pytest.mark.local),
+]
+every_driver = pytest.mark.parametrize("provider", DRIVERS)
+
+
+class Silent:
+    def probed(self, probe: Probe) -> None: ...
+
+    def note(self, message: str) -> None: ...
+
+
+def spec(name: str) -> InstanceSpec:
+    return InstanceSpec(name, SCREEN)
+
+
+@asynccontextmanager
+async def ready(driver: Driver, *names: str) -> AsyncIterator[list[Endpoints]]:
+    """Instances that have passed both probes, and are destroyed afterwards."""
+    try:
+        async with asyncio.timeout(60), aiohttp.ClientSession() as http:
+            made = [await driver.create(spec(name), lambda words: None) for name in names]
+            for endpoints in made:
+                guest, cdp = Guest(http, endpoints.guest), Cdp(http, endpoints.cdp)
+                await Readiness(guest, cdp, SCREEN, interval=0.03, chrome_grace=30, watcher=Silent()).wait()
+        yield made
+    finally:
+        for name in names:
+            await driver.destroy(name)
+
+
+async def refuses(url: str) -> bool:
+    address = urlsplit(url)
+    try:
+        _, writer = await asyncio.open_connection(address.hostname, address.port)
+    except ConnectionRefusedError:
+        return True
+    writer.close()
+    return False
+
+
+async def listed(driver: Driver) -> set[str]:
+    return set(await driver.list())
+
+
+@every_driver
+async def test_an_instance_answers_on_both_ports(provider: Provider, tmp_path: Path) -> None:
+    async with provider.driver(tmp_path) as driver, ready(driver, "a-1") as [at], aiohttp.ClientSession() as http:
+        picture = await Guest(http, at.guest).screenshot()
+        (tmp_path / "picture").write_bytes(picture)
+        version, pages = await Cdp(http, at.cdp).version(), await Cdp(http, at.cdp).pages()
+    with Image.open(tmp_path / "picture") as image:
+        assert image.size == SCREEN
+    assert "Chrom" in version["Browser"]
+    assert len(pages) == 1
+
+
+@every_driver
+async def test_a_destroyed_instance_leaves_no_port_and_no_name(provider: Provider, tmp_path: Path) -> None:
+    async with provider.driver(tmp_path) as driver:
+        async with ready(driver, "a-1") as [at]:
+            assert not await refuses(at.guest)
+        assert await refuses(at.guest)
+        assert await refuses(at.cdp)
+        assert await listed(driver) == set()
+
+
+@every_driver
+async def test_destroying_twice_at_once_and_again_is_destroying(provider: Provider, tmp_path: Path) -> None:
+    async with provider.driver(tmp_path) as driver:
+        await driver.create(spec("a-1"), lambda words: None)
+        await asyncio.gather(driver.destroy("a-1"), driver.destroy("a-1"))
+        await driver.destroy("a-1")
+        assert await listed(driver) == set()
+
+
+@every_driver
+@pytest.mark.parametrize("name", ["never-made", "../a", "", "x" * 64])
+async def test_destroying_what_never_existed_is_no_error(provider: Provider, name: str, tmp_path: Path) -> None:
+    async with provider.driver(tmp_path) as driver:
+        await driver.destroy(name)
+        assert await listed(driver) == set()
+
+
+@every_driver
+async def test_list_tells_of_ours_and_of_no_other_daemons(provider: Provider, tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    async with provider.driver(tmp_path / "one", "one") as one, provider.driver(tmp_path / "two", "two") as two:
+        try:
+            await one.create(spec("a-1"), lambda words: None)
+            await two.create(spec("b-1"), lambda words: None)
+            await two.destroy("a-1")
+            assert (await listed(one), await listed(two)) == ({"a-1"}, {"b-1"})
+        finally:
+            await one.destroy("a-1")
+            await two.destroy("b-1")
+
+
+@every_driver
+@pytest.mark.parametrize("seconds", [0, 0.001, 0.01, 0.03, 0.06, 0.1])
+async def test_a_cancelled_create_leaves_nothing_that_destroy_would_not_remove(
+    provider: Provider, seconds: float, tmp_path: Path
+) -> None:
+    async with provider.driver(tmp_path) as driver:
+        with anyio.move_on_after(seconds):
+            await driver.create(spec("a-1"), lambda words: None)
+        await driver.destroy("a-1")
+        assert await listed(driver) == set()
+        async with asyncio.timeout(5):
+            assert isinstance(await driver.wait("a-1"), Death)
+
+
+@every_driver
+@pytest.mark.parametrize("seconds", [0, 0.01, 0.05])
+async def test_destroy_during_create_ends_both(provider: Provider, seconds: float, tmp_path: Path) -> None:
+    async with provider.driver(tmp_path) as driver:
+        creating = asyncio.create_task(driver.create(spec("a-1"), lambda words: None))
+        await asyncio.sleep(seconds)
+        await driver.destroy("a-1")
+        [outcome] = await asyncio.gather(creating, return_exceptions=True)
+        assert isinstance(outcome, BootFailed | Endpoints)
+        await driver.destroy("a-1")
+        assert await listed(driver) == set()
+
+
+@every_driver
+async def test_an_id_is_used_once(provider: Provider, tmp_path: Path) -> None:
+    async with provider.driver(tmp_path) as driver:
+        await driver.create(spec("a-1"), lambda words: None)
+        with pytest.raises(BootFailed, match="a-1"):
+            await driver.create(spec("a-1"), lambda words: None)
+        assert await listed(driver) == {"a-1"}
+        await driver.destroy("a-1")
+
+
+@every_driver
+async def test_two_instances_have_nothing_in_common(provider: Provider, tmp_path: Path) -> None:
+    async with provider.driver(tmp_path) as driver, ready(driver, "a-1", "a-2") as [one, two]:
+        assert len({one.guest, one.cdp, two.guest, two.cdp}) == 4
+        async with aiohttp.ClientSession() as http:
+            before = await Cdp(http, two.cdp).pages()
+            await driver.destroy("a-1")
+            assert await Cdp(http, two.cdp).pages() == before
+            await Guest(http, two.guest).screenshot()
+        assert await listed(driver) == {"a-2"}
+
+
+@every_driver
+async def test_wait_tells_how_an_instance_died(provider: Provider, tmp_path: Path) -> None:
+    async with provider.driver(tmp_path) as driver, ready(driver, "a-1") as [at]:
+        waiting = asyncio.create_task(driver.wait("a-1"))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        word = await provider.kill(driver, "a-1", at)
+        async with asyncio.timeout(2):
+            death = await waiting
+        assert word in death.reason
+        assert await refuses(at.guest)
+        assert await listed(driver) == {"a-1"}
+
+
+@every_driver
+async def test_wait_returns_for_what_is_destroyed_or_unknown(provider: Provider, tmp_path: Path) -> None:
+    async with provider.driver(tmp_path) as driver, asyncio.timeout(30):
+        await driver.create(spec("a-1"), lambda words: None)
+        waiting = [asyncio.create_task(driver.wait("a-1")) for _ in range(2)]
+        await driver.destroy("a-1")
+        for death in (*await asyncio.gather(*waiting), await driver.wait("a-1"), await driver.wait("never-made")):
+            assert isinstance(death, Death)
+
+
+@every_driver
+async def test_the_log_is_there_while_the_instance_is_and_never_an_error(provider: Provider, tmp_path: Path) -> None:
+    async with provider.driver(tmp_path) as driver:
+        async with ready(driver, "a-1") as [at]:
+            await provider.kill(driver, "a-1", at)
+            await driver.wait("a-1")
+            assert await driver.log_tail("a-1")
+            assert len(await driver.log_tail("a-1", lines=1)) == 1
+        assert await driver.log_tail("a-1") == await driver.log_tail("../a") == await driver.log_tail("b-1") == ()
