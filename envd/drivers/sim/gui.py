@@ -25,6 +25,8 @@ MOST = 1000
 _TEXT_OF_KEY = {"enter": "\n", "return": "\n", "\n": "\n", "tab": "\t", "\t": "\t", "space": " "}
 _MODIFIERS = frozenset({"ctrl", "ctrlleft", "ctrlright", "alt", "altleft", "altright", "win", "command", "option"})
 _SHIFTS = frozenset({"shift", "shiftleft", "shiftright"})
+_SHIFTED_SIGNS = dict(zip("`1234567890-=[]\\;',./", '~!@#$%^&*()_+{}|:"<>?', strict=True))
+"""The signs above the others on a US keyboard."""
 _BUTTONS = {"primary": "left", "left": "left", "middle": "middle", "right": "right", "secondary": "right"}
 Point = tuple[int, int]
 
@@ -202,7 +204,7 @@ class Gui:
             self._replace_selection("") if self._all_selected else self._set_typed(self.typed[:-1])
         elif name in _TEXT_OF_KEY or (len(name) == 1 and name.isprintable()):
             character = _TEXT_OF_KEY.get(name, name)
-            self._replace_selection(character.upper() if self._held & _SHIFTS else character)
+            self._replace_selection(_shifted(character) if self._held & _SHIFTS else character)
 
     def keyUp(self, key: str) -> None:
         self._held.discard(key if len(key) == 1 else key.lower())
@@ -393,3 +395,7 @@ def _not_understood(node: ast.AST) -> NotImplementedError:
 def _traceback(error: BaseException, line: int) -> str:
     last = "".join(traceback.format_exception_only(error))
     return f'Traceback (most recent call last):\n  File "<string>", line {line}, in <module>\n{last}'
+
+
+def _shifted(character: str) -> str:
+    return _SHIFTED_SIGNS.get(character, character.upper())
