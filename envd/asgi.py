@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 
 from . import log
 from .app import create_app
-from .daemon import OPEN_FILES, allow_open_files, daemon_id, locked
+from .daemon import HANG_UP, OPEN_FILES, allow_open_files, daemon_id, hang_up, locked
 from .errors import StartError
 from .service import Service, open_service
 from .settings import load
@@ -39,17 +39,22 @@ lifespan began."""
 class LifespanApp:
     """The ASGI app. Its service lives from lifespan startup to shutdown."""
 
+    def __init__(self) -> None:
+        self._ports: set[int] = set()
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
             await self._lifespan(receive, send)
         else:
+            if port := (scope.get("server") or ("", None))[1]:
+                self._ports.add(port)
             await self._app(scope, receive, send)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         await receive()
         stage, trouble = "startup", ""
         try:
-            async with _running() as service:
+            async with _running(self._ports) as service:
                 self._app = create_app(service)
                 await send({"type": "lifespan.startup.complete"})
                 stage = "shutdown"
@@ -67,7 +72,7 @@ class LifespanApp:
 
 
 @asynccontextmanager
-async def _running() -> AsyncIterator[Service]:
+async def _running(ports: set[int]) -> AsyncIterator[Service]:
     settings = load()
     log.setup(settings.log_level, settings.log_format)
     allow_open_files(OPEN_FILES)
@@ -78,7 +83,7 @@ async def _running() -> AsyncIterator[Service]:
             core.add_done_callback(_end_with_the_queue)
             await started.wait()
             _pass_on_sigterm()
-            drain = asyncio.create_task(_drain_when_hypercorn_stops(service), name="drain")
+            drain = asyncio.create_task(_drain_when_hypercorn_stops(service, ports), name="drain")
             try:
                 yield service
             finally:
@@ -90,12 +95,13 @@ async def _running() -> AsyncIterator[Service]:
                 await asyncio.wait({core})
 
 
-async def _drain_when_hypercorn_stops(service: Service) -> None:
+async def _drain_when_hypercorn_stops(service: Service, ports: set[int]) -> None:
     for _ in range(LOOKS):
         if waits := [task for task in asyncio.all_tasks() if _waits_for_the_end(task)]:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
             logger.info("shutting down")
             await service.drain()
+            asyncio.get_running_loop().call_later(HANG_UP, hang_up, ports)
             return
         await asyncio.sleep(LOOK)
     logger.warning("this server is not the hypercorn that envd knows; open streams may hold up its end")

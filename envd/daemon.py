@@ -18,6 +18,7 @@ import resource
 import secrets
 import signal
 import socket
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -42,9 +43,9 @@ closing one."""
 
 BACKLOG = 1024
 """Connections that the kernel holds until they are accepted: a cluster's trainers all come at once."""
-HTTP_LIMIT = 2.0
-"""Seconds that hypercorn may take to end once it was told. It waits for a reader that does not read, or for the rest
-of a request, as long as they please."""
+HANG_UP = 1.0
+"""Seconds after the drain until connections are cut that are open still: hypercorn would wait for a reader that does
+not read, or for the rest of a request, as long as they please."""
 OPEN_FILES = 65_536
 
 
@@ -61,6 +62,7 @@ async def _supervise(service: Service, listener: socket.socket) -> None:
     _hear_signals(stop)
     core = asyncio.create_task(service.run(started.set), name="boot queue")
     halves = [core]
+    port = listener.getsockname()[1]
     try:
         if await _first(started, stop, halves) is started:
             halves.append(_serve_http(service, listener, closing))
@@ -73,7 +75,9 @@ async def _supervise(service: Service, listener: socket.socket) -> None:
         service.events.close()
         closing.set()
         core.cancel()
-        await _ended(core, halves[1:])
+        await asyncio.wait(halves, timeout=HANG_UP)
+        hang_up({port})
+        await asyncio.wait(halves)
     for half in halves:
         if not half.cancelled():
             half.result()
@@ -101,12 +105,21 @@ def _serve_http(service: Service, listener: socket.socket, closing: asyncio.Even
     return http
 
 
-async def _ended(core: asyncio.Task[None], http: list[asyncio.Task[None]]) -> None:
-    """Wait for both ends. The queue bounds its own; hypercorn is cut off where it does not."""
-    if http:
-        await asyncio.wait(http, timeout=HTTP_LIMIT)
-        http[0].cancel()
-    await asyncio.wait([core, *http])
+def hang_up(ports: set[int]) -> None:
+    """Cut every TCP connection that this process has accepted on one of `ports`, whatever state it is in.
+
+    The kernel does it: neither hypercorn nor asyncio gives its connections away before Python 3.13.
+    """
+    for number in map(int, os.listdir("/proc/self/fd")):
+        try:
+            if not stat.S_ISSOCK(os.fstat(number).st_mode):
+                continue
+            with socket.socket(fileno=os.dup(number)) as connection:
+                if connection.family in (socket.AF_INET, socket.AF_INET6) and connection.getsockname()[1] in ports:
+                    connection.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            # The listing's own descriptor, or a connection that is gone already.
+            continue
 
 
 async def _first(wanted: asyncio.Event, stop: asyncio.Event, halves: list[asyncio.Task[None]]) -> asyncio.Event:
@@ -129,7 +142,8 @@ def hypercorn_config(bind: str) -> Config:
     config = Config()
     config.bind = [bind]
     config.backlog = BACKLOG
-    config.graceful_timeout = 1.0
+    # Not its own way to cut connections, which is to cancel their tasks, but `hang_up`.
+    config.graceful_timeout = 2 * HANG_UP
     config.shutdown_timeout = 5.0
     config.keep_alive_timeout = KEEP_ALIVE
     config.keep_alive_max_requests = 1_000_000
