@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from dotenv import dotenv_values
-from pydantic import AliasChoices, BeforeValidator, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    BeforeValidator,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from .errors import SettingsError
@@ -30,7 +38,7 @@ def default_state_dir(environ: Mapping[str, str]) -> Path:
 
 def _screen(value: Any) -> Any:
     if isinstance(value, str):
-        match = re.fullmatch(r"(\d{3,5})[x×](\d{3,5})", value.strip())
+        match = re.fullmatch(r"([1-9][0-9]{2,4})[x×]([1-9][0-9]{2,4})", value.strip())
         if match is None:
             raise ValueError("give it as WIDTHxHEIGHT, for example 1920x1080")
         return int(match[1]), int(match[2])
@@ -38,6 +46,8 @@ def _screen(value: Any) -> Any:
 
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
 
 
 class Settings(BaseSettings):
@@ -51,7 +61,7 @@ class Settings(BaseSettings):
     """Address to listen on."""
     port: int = Field(default=15001, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
-    state_dir: Path = Path()
+    state_dir: UserPath = Path()
     """Where the daemon keeps what must outlive it. One daemon per directory."""
     envs: int = Field(default=1, ge=1, le=4096)
     """How many envs are served, numbered from 0."""
@@ -59,8 +69,8 @@ class Settings(BaseSettings):
     """Boot a first desktop at start. Unset: for providers whose boots take minutes."""
     screen: Annotated[tuple[int, int], BeforeValidator(_screen)] = (1920, 1080)
     """Screen of the desktops."""
-    ready_timeout: float = Field(
-        default=3600, gt=0, validation_alias=AliasChoices("DOCKER_VM_READY_TIMEOUT", "ready_timeout")
+    ready_timeout: PositiveSeconds = Field(
+        default=3600, validation_alias=AliasChoices("DOCKER_VM_READY_TIMEOUT", "ready_timeout")
     )
     """A boot that has not passed both probes by then has failed."""
     chrome_grace: Seconds = 10
@@ -79,13 +89,13 @@ class Settings(BaseSettings):
     """How long the model's wait() lasts."""
     settle_seconds: Seconds = 0.0
     """Wait before the first observation of an episode."""
-    prompt_file: Path | None = None
+    prompt_file: UserPath | None = None
     """Prompt template your model was trained with; must contain {instruction}. Unset: envd's own."""
     min_pixels: int = Field(default=3136, ge=784)
     """Advertised with each image."""
     max_pixels: int = Field(default=2_116_800, ge=784)
     """Advertised with each image; predictions are scaled by it."""
-    heartbeat: float = Field(default=15, gt=0)
+    heartbeat: PositiveSeconds = 15
     """Seconds of silence before an event stream sends a comment."""
     max_streams: int = Field(default=2048, ge=1)
     """Event streams that may be open at once."""
@@ -98,6 +108,7 @@ class Settings(BaseSettings):
     sim: str = ""
     """Behaviour of `sim` desktops, for example boot=2,fail=0.1."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """The least that is logged."""
     log_format: Literal["auto", "json", "console"] = "auto"
     """auto: JSON unless stderr is a terminal."""
     url: str = "http://127.0.0.1:15001"
@@ -192,7 +203,10 @@ def effective(settings: Settings) -> dict[str, dict[str, Any]]:
 def _sources(environ: Mapping[str, str], env_file: Path | None) -> list[tuple[str, dict[str, str]]]:
     sources: list[tuple[str, dict[str, str]]] = []
     if env_file is not None and env_file.is_file():
-        parsed = dotenv_values(env_file, interpolate=False)
+        try:
+            parsed = dotenv_values(env_file, interpolate=False)
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"{env_file} cannot be read: {error}.") from error
         sources.append((str(env_file), {name: value for name, value in parsed.items() if value is not None}))
     sources.append(("environment", dict(environ)))
     return sources

@@ -77,8 +77,10 @@ class Served:
             how["json"] = body
         async with self.http.request(method, self.url + path, **how) as response:
             is_json = response.content_type.endswith("json")
-            return response.status, await response.json(content_type=None) if is_json else await response.read(), (
-                response.headers
+            return (
+                response.status,
+                await response.json(content_type=None) if is_json else await response.read(),
+                (response.headers),
             )
 
     async def get(self, path: str, **how: Any) -> tuple[int, Any]:
