@@ -11,6 +11,7 @@ to stop.
 from __future__ import annotations
 
 import asyncio
+import logging
 import multiprocessing
 import os
 import signal
@@ -73,6 +74,7 @@ class LifespanApp:
 
 @asynccontextmanager
 async def _running(ports: set[int]) -> AsyncIterator[Service]:
+    log.setup()
     settings = load()
     log.setup(settings.log_level, settings.log_format)
     allow_open_files(OPEN_FILES)
@@ -123,6 +125,7 @@ def _end_with_the_queue(core: asyncio.Task[None]) -> None:
     if core.cancelled():
         return
     logger.critical("the boot queue died; the process ends with it", exc_info=core.exception())
+    logging.shutdown()
     os._exit(BUG)
 
 

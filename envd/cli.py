@@ -45,6 +45,7 @@ def serve(
     from .settings import load
 
     try:
+        log.setup()
         settings = load(host=host, port=port)
         log.setup(settings.log_level, settings.log_format)
         asyncio.run(daemon.serve(settings))
@@ -120,7 +121,11 @@ def talk(work: Coroutine[Any, Any, int]) -> int:
 
 
 def fail(detail: str, hint: str, code: int) -> NoReturn:
-    typer.secho(detail, fg=typer.colors.RED, err=True)
-    if hint:
-        typer.echo(hint, err=True)
+    try:
+        typer.secho(detail, fg=typer.colors.RED, err=True)
+        if hint:
+            typer.echo(hint, err=True)
+    except OSError:
+        # Nobody can read it; the exit code still tells.
+        pass
     raise SystemExit(code)

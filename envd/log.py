@@ -1,20 +1,30 @@
 """structlog, set up once by the command line. Nothing else in envd configures logging.
 
-JSON lines when stderr is not a terminal, coloured lines when it is. Everything goes through one stdlib handler,
-which never raises into the caller: structlog's own loggers do so on a full disk or a closed pipe, and would kill the
-queue from inside a log call.
+JSON lines when stderr is not a terminal, coloured lines when it is. Everything goes through one stdlib handler that
+hands its lines to a thread: whoever logs neither waits for stderr (a pager, a slow disk) nor hears of its troubles (a
+full disk, a closed pipe), which would stop the event loop or kill the queue from inside a log call.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import os
+import queue
+import select
 import sys
-from typing import Literal
+import threading
+from typing import Any, Literal
 
 import structlog
 from structlog.typing import Processor
 
 LogFormat = Literal["auto", "json", "console"]
+
+LINES_KEPT = 10_000
+"""Lines that wait for a stderr that does not take them; what comes on top is lost, and counted."""
+FLUSH = 1.0
+"""Seconds that the end of the process waits for them."""
 
 
 def setup(level: str = "info", fmt: LogFormat = "auto") -> None:
@@ -26,28 +36,32 @@ def setup(level: str = "info", fmt: LogFormat = "auto") -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
     ]
-    as_json = fmt == "json" or (fmt == "auto" and not sys.stderr.isatty())
+    # A process that was started without a stderr has None here.
+    terminal = sys.stderr is not None and sys.stderr.isatty()
     renderer: list[Processor]
-    if as_json:
+    if fmt == "json" or (fmt == "auto" and not terminal):
         # Locals in tracebacks would carry secrets into the log.
         tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
-        renderer = [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer(default=str)]
+        renderer = [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer(_dumps)]
     else:
         renderer = [
             structlog.dev.ConsoleRenderer(
-                colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback, pad_event_to=0
+                colors=terminal, exception_formatter=structlog.dev.plain_traceback, pad_event_to=0
             )
         ]
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared,
         processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *renderer],
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = logging.NullHandler() if sys.stderr is None else Outlet(sys.stderr.fileno())
     handler.setFormatter(formatter)
     root = logging.getLogger()
-    root.handlers[:] = [handler]
+    for former in root.handlers[:]:
+        root.removeHandler(former)
+        former.close()
+    root.addHandler(handler)
     root.setLevel(level.upper())
-    logging.raiseExceptions = False
+    logging.captureWarnings(True)
     structlog.configure(
         processors=[
             structlog.stdlib.filter_by_level,
@@ -58,3 +72,72 @@ def setup(level: str = "info", fmt: LogFormat = "auto") -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+
+
+class Outlet(logging.Handler):
+    """Writes lines to a file descriptor, in order, from a thread of its own. Never blocks and never raises."""
+
+    def __init__(self, descriptor: int) -> None:
+        super().__init__()
+        self._descriptor = descriptor
+        self._lines: queue.Queue[str | threading.Event | None] = queue.Queue(LINES_KEPT)
+        self._lost = 0
+        # A daemon thread, since it may be stuck in a write when the process ends.
+        threading.Thread(target=self._write_all, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record)
+        except Exception as error:  # noqa: BLE001 - whatever was logged: a line that cannot be told is told of
+            line = _dumps({"event": "a log line could not be made", "logger": record.name, "error": repr(error)})
+        try:
+            if self._lost:
+                self._lines.put_nowait(_dumps({"event": "log lines were lost", "lines": self._lost}))
+                self._lost = 0
+            self._lines.put_nowait(line)
+        except queue.Full:
+            self._lost += 1
+
+    def flush(self) -> None:
+        """Wait until what was logged is written, for `FLUSH` seconds at most. Called at the end of the process."""
+        written = threading.Event()
+        try:
+            self._lines.put(written, timeout=FLUSH)
+        except queue.Full:
+            return
+        written.wait(FLUSH)
+
+    def close(self) -> None:
+        super().close()
+        try:
+            self._lines.put_nowait(None)
+        except queue.Full:
+            pass
+
+    def _write_all(self) -> None:
+        while (line := self._lines.get()) is not None:
+            if isinstance(line, threading.Event):
+                line.set()
+                continue
+            try:
+                _write(self._descriptor, f"{line}\n".encode(errors="backslashreplace"))
+            except OSError:
+                # The line is lost; the next one may find room again.
+                continue
+
+
+def _write(descriptor: int, line: bytes) -> None:
+    """All of `line`, past Python's own stderr object: a thread stuck in its lock would abort the end of the process."""
+    while line:
+        try:
+            line = line[os.write(descriptor, line) :]
+        except BlockingIOError:
+            select.select([], [descriptor], [])
+
+
+def _dumps(record: Any, **options: Any) -> str:
+    """JSON that is JSON: what it has no word for, such as NaN, is sent as text."""
+    try:
+        return json.dumps(record, allow_nan=False, default=str)
+    except ValueError:
+        return json.dumps(json.loads(json.dumps(record, default=str), parse_constant=str))
