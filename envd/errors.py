@@ -55,7 +55,7 @@ class Problem(BaseModel):
 class EnvdError(Exception):
     """What happened (`detail`), what to do (`hint`), and the facts, as attributes and on the wire.
 
-    `retry_after` is in seconds. Facts must be JSON values.
+    `retry_after` is in seconds. Facts must be JSON values, and none is named like a field of `Problem`.
     """
 
     code: ClassVar[str] = "error"
@@ -65,6 +65,7 @@ class EnvdError(Exception):
     retryable: ClassVar[bool] = False
 
     def __init__(self, detail: str, *, hint: str = "", retry_after: float | None = None, **facts: Any) -> None:
+        assert not facts.keys() & Problem.model_fields.keys(), facts
         super().__init__(detail)
         self.detail = detail
         self.hint = hint
@@ -312,7 +313,7 @@ class TaskInvalid(TaskError):
 
 
 class SetupFailed(TaskError):
-    """Facts: step (index from 0), type."""
+    """Facts: step (index from 0), step_type, cause (the code of the error behind it)."""
 
     code = "setup_failed"
     title = "The task's set-up failed"

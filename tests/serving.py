@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from envd.app import create_app
 from envd.client.sse import Message, SseParser
 from envd.daemon import bound, hypercorn_config, url_of
 from envd.drivers.base import Driver
-from envd.drivers.sim import Behaviour, Desktop, SimDriver
+from envd.drivers.sim import Desktop, SimDriver
 from envd.drivers.sim.driver import Behaviours
 from envd.service import Service, open_service
 from envd.settings import Settings, load
@@ -69,9 +69,7 @@ class Served:
         assert desktop is not None
         return self.sim.desktops[desktop.id]
 
-    async def ask(
-        self, method: str, path: str, body: Any = None, **how: Any
-    ) -> tuple[int, Any, "aiohttp.typedefs.CIMultiDictProxy[str]"]:
+    async def ask(self, method: str, path: str, body: Any = None, **how: Any) -> tuple[int, Any, Mapping[str, str]]:
         """Status, JSON (or bytes), headers."""
         if body is not None:
             how["json"] = body
@@ -194,7 +192,7 @@ async def serving(
                 web = tasks.create_task(hypercorn_serve(app, config, shutdown_trigger=closing.wait))
                 try:
                     yield Served(url, loaded, service, driver, http)
-                except Exception as error:
+                except Exception as error:  # noqa: BLE001 - the test's own failure, raised again below
                     failures.append(error)
                 finally:
                     await service.drain()

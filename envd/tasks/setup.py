@@ -63,7 +63,7 @@ async def run(task: dict[str, Any], guest: Guest, warn: Callable[[str], None]) -
             warning = await STEPS[kind](guest, step.get("parameters") or {})
         except EnvdError as error:
             raise SetupFailed(
-                f"Set-up step {index} ({kind}) failed: {error.detail}", step=index, type=kind, cause=error.code
+                f"Set-up step {index} ({kind}) failed: {error.detail}", step=index, step_type=kind, cause=error.code
             ) from error
         if warning:
             warn(f"config[{index}] {kind}: {warning}")
