@@ -262,7 +262,10 @@ def _bar(row: Row, now: float) -> Table:
     line.add_column(ratio=1)
     line.add_column(no_wrap=True)
     line.add_row(
-        ProgressBar(total=1.0, completed=share, pulse=pulse, complete_style=style, finished_style=style), Text(words)
+        ProgressBar(
+            total=1.0, completed=share, pulse=pulse, complete_style=style, finished_style=style, pulse_style=style
+        ),
+        Text(words),
     )
     return line
 

@@ -2,9 +2,11 @@ import asyncio
 import json
 import time
 from contextlib import aclosing
+from pathlib import Path
 from typing import Any
 
 import pytest
+from daemon_process import daemon as process
 from fake_server import (
     PNG,
     FakeServer,
@@ -404,6 +406,23 @@ async def test_a_cancelled_boot_ends_cancelled_against_the_daemon() -> None:
         await client.cancel(job.id)
         with pytest.raises(JobCancelled):
             await client.wait(job.id, timeout=20)
+
+
+async def test_watching_everything_survives_a_restart_of_the_real_process(tmp_path: Path) -> None:
+    events: list[Event] = []
+    async with process(tmp_path / "state") as (first, _):
+        client = Client(first.url)
+        stream = client.watch()
+        events.append(await anext(stream))
+        first.signal()
+        events.append(await anext(stream))
+        await first.ended()
+    port = client.url.rpartition(":")[2]
+    async with process(tmp_path / "state", "--port", port), asyncio.timeout(30):
+        events += [await anext(stream), await anext(stream)]
+        await stream.aclose()
+        await client.aclose()
+    assert [event.kind for event in events] == ["snapshot", "server-shutdown", "snapshot", "gap"]
 
 
 async def test_a_refused_request_keeps_its_code_against_the_daemon() -> None:
