@@ -18,7 +18,8 @@ needed=(
   # pyautogui wants tkinter
   python3-tk python3-venv
 )
-installed=$(dpkg-query -W -f='${db:Status-Status} ${Package}\n' "${needed[@]}" 2>/dev/null | sed -n 's/^installed //p')
+# dpkg-query fails when it does not know a package; that one is missing then.
+installed=$( (dpkg-query -W -f='${db:Status-Status} ${Package}\n' "${needed[@]}" 2>/dev/null || true) | sed -n 's/^installed //p')
 missing=()
 for package in "${needed[@]}"; do
   grep -qx "$package" <<<"$installed" || missing+=("$package")
