@@ -83,10 +83,11 @@ async def _ended(request: Request, job: Job) -> Job:
     with anyio.move_on_after(patience):
         await hold(request, lambda: service.queue.ended(job.id))
     job = service.queue.get(job.id)
+    # The drain cancels what runs at once, so the job may have ended by the time its waiter is woken.
+    if service.draining.is_set() and (job.state is JobState.CANCELLED or not job.state.terminal):
+        raise Draining("The daemon is shutting down; the reset is cancelled.", retry_after=10, job=_shown(job))
     if job.state.terminal:
         return job
-    if service.draining.is_set():
-        raise Draining("The daemon is shutting down; the reset is cancelled.", retry_after=10, job=_shown(job))
     raise StillBooting(
         f"{job.id} is {job.state} (phase {job.phase}) after {patience:.0f} s; it goes on.",
         hint=f"Send the same reset again to wait on, or follow {job.links['events']}.",
