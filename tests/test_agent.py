@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import zlib
 from collections.abc import AsyncIterator, Iterator
@@ -173,6 +174,20 @@ async def test_screenshots_fail_clearly_while_the_x_server_is_gone_and_work_when
     assert all(name in answer["message"] and "start it again" in answer["message"] for _, answer in gone)
 
 
+@pytest.mark.skipif(shutil.which("xrandr") is None, reason="xrandr is not installed")
+async def test_a_screenshot_follows_a_change_of_the_screen_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    with x_server("1024x768") as name:
+        monkeypatch.setenv("DISPLAY", name)
+        sizes = []
+        async with agent_here() as (guest, _):
+            await guest.post("/execute", command="xrandr --newmode small 25 640 656 752 800 480 490 492 525")
+            await guest.post("/execute", command="xrandr --addmode screen small")
+            for mode in ("1024x768", "small", "1024x768"):
+                await guest.post("/execute", command=["xrandr", "--output", "screen", "--mode", mode])
+                sizes.append(decoded((await guest.get("/screenshot"))[1]).size)
+    assert sizes == [(1024, 768), (640, 480), (1024, 768)]
+
+
 async def test_an_x_server_that_hangs_is_reported_and_holds_up_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     with x_server("320x240") as name:
         monkeypatch.setenv("DISPLAY", name)
@@ -215,6 +230,7 @@ def test_encoded_frames_decode_to_what_went_in_also_when_strips_are_used_again(
         pytest.param(
             "import pyautogui\nimport time\n'''Thought: it's'''\npyautogui.write('a', interval=0.1)", id="thought"
         ),
+        pytest.param(PREFIX + "import pyperclip; pyperclip.copy('ä')", id="clipboard"),
         pytest.param(PREFIX + "pyautogui.moveTo(1, -2, 0.5, pyautogui.easeInQuad)", id="easing"),
         pytest.param(
             PREFIX + "pyautogui.PAUSE = 0; pyautogui.hotkey(['ctrl', 'c']); time.sleep(1)", id="hotkey and wait"
@@ -238,6 +254,8 @@ def test_programs_of_plain_input_are_recognised(code: str) -> None:
         pytest.param("import pyautogui; pyautogui.click(f'{1}')", id="f-string"),
         pytest.param("import pyautogui; pyautogui.screenshot('x.png')", id="screenshot"),
         pytest.param("import pyautogui; pyautogui.alert('x')", id="dialog"),
+        pytest.param("import pyautogui; pyautogui.copy('x')", id="another module's call"),
+        pytest.param("import pyperclip; print(pyperclip.paste())", id="reads the clipboard"),
         pytest.param("import pyautogui; pyautogui.os.system('x')", id="deeper attribute"),
         pytest.param("import pyautogui; pyautogui.click = 1", id="other assignment"),
         pytest.param("import pyautogui; pyautogui.PAUSE = print()", id="computed setting"),
@@ -259,6 +277,8 @@ PROGRAMS = [
     pytest.param(PREFIX + "pyautogui.moveTo(5000, -7)", 0, id="off the screen"),
     pytest.param(PREFIX + "pyautogui.scroll(-5, x=10, y=20); pyautogui.hscroll(2)", 0, id="scroll"),
     pytest.param(PREFIX + "pyautogui.press('no such key'); pyautogui.hotkey('ctrl', 'a')", 0, id="keys"),
+    pytest.param(PREFIX + "import pyperclip; pyperclip.copy('ä'); pyperclip.copy(1)", 0, id="clipboard"),
+    pytest.param(PREFIX + "import pyperclip; pyperclip.copy([1])", 1, id="bad clipboard"),
     pytest.param(PREFIX + "pyautogui.click(1, 2, button='nope')", 1, id="bad button"),
     pytest.param(PREFIX + "pyautogui.moveTo('a', 'b')", 1, id="bad type"),
     pytest.param(PREFIX + "\n\n'''Thought'''\npyautogui.click(wrong=1)", 1, id="bad keyword"),
@@ -270,8 +290,10 @@ PROGRAMS = [
 
 @pytest.mark.parametrize(("code", "returncode"), PROGRAMS)
 async def test_the_warm_interpreter_answers_as_a_new_process_does(code: str, returncode: int, guest: Client) -> None:
+    await guest.program(PREFIX + "pyautogui.moveTo(640, 360)")
     warm, warm_answer = await guest.program(code)
     _, warm_pointer = await guest.get("/cursor_position")
+    await guest.program(PREFIX + "pyautogui.moveTo(640, 360)")
     process, answer = await guest.program(code + "\nx = 1")
     _, pointer = await guest.get("/cursor_position")
     assert (warm, process) == ("warm", "process")
@@ -279,6 +301,13 @@ async def test_the_warm_interpreter_answers_as_a_new_process_does(code: str, ret
     assert warm_pointer == pointer
     assert answer["returncode"] == returncode
     assert ("Traceback" in answer["error"]) == bool(returncode)
+
+
+@pytest.mark.skipif(shutil.which("xclip") is None, reason="xclip is not installed")
+async def test_what_a_program_puts_into_the_clipboard_stays_there(guest: Client) -> None:
+    ran_by, answer = await guest.program(PREFIX + "import pyperclip; pyperclip.copy('größer')")
+    _, pasted = await guest.post("/execute", command="xclip -selection clipboard -o")
+    assert (ran_by, answer["returncode"], pasted["output"]) == ("warm", 0, "größer")
 
 
 async def test_a_program_that_does_not_parse_answers_as_python_does(guest: Client) -> None:

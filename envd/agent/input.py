@@ -20,14 +20,14 @@ from envd.agent.errors import AgentError
 from envd.agent.processes import Finished, NotStarted, Overran, Processes, kill_group, start
 
 # fmt: off
-_CALLS = frozenset({
+_INPUT = frozenset({
     "moveTo", "move", "moveRel", "dragTo", "drag", "dragRel", "mouseDown", "mouseUp", "scroll", "hscroll", "vscroll",
     "click", "leftClick", "rightClick", "middleClick", "doubleClick", "tripleClick",
     "press", "keyDown", "keyUp", "hotkey", "write", "typewrite", "sleep",
 })
 # fmt: on
+_CALLS = {"pyautogui": _INPUT, "time": {"sleep"}, "pyperclip": {"copy"}}
 _SETTINGS = frozenset({"FAILSAFE", "PAUSE"})
-_MODULES = frozenset({"pyautogui", "time"})
 _LONGEST = 65536
 _START_SECONDS = 15
 _START_AGAIN_AFTER = 5.0
@@ -36,7 +36,7 @@ _PROGRAM = Path(__file__).with_name("warm.py")
 
 
 def is_input_program(code: str) -> bool:
-    """Whether `code` is nothing but imports of pyautogui and time, FAILSAFE and PAUSE, input calls and sleeps.
+    """Whether `code` is nothing but imports, FAILSAFE and PAUSE, input calls, sleeps, and filling the clipboard.
 
     Arguments must be literals, or pyautogui's own easings. Code that does not parse, or that warns when it is compiled,
     is not: a new process prints what is to be said about it.
@@ -55,13 +55,13 @@ def is_input_program(code: str) -> bool:
 def _is_input(statement: ast.stmt) -> bool:
     match statement:
         case ast.Import(names=names):
-            return all(name.name in _MODULES and name.asname is None for name in names)
+            return all(name.name in _CALLS and name.asname is None for name in names)
         case ast.Assign(targets=[ast.Attribute(ast.Name("pyautogui"), setting)], value=ast.Constant(value)):
             return setting in _SETTINGS and isinstance(value, bool | int | float)
         case ast.Expr(ast.Constant()) | ast.Pass():  # a thought in a string
             return True
         case ast.Expr(ast.Call(ast.Attribute(ast.Name(module), name), arguments, keywords)):
-            known = (module == "pyautogui" and name in _CALLS) or (module == "time" and name == "sleep")
+            known = name in _CALLS.get(module, ())
             named = all(keyword.arg is not None for keyword in keywords)
             return known and named and all(map(_is_literal, [*arguments, *(k.value for k in keywords)]))
         case _:

@@ -129,10 +129,8 @@ class _Grabber:
     def __init__(self) -> None:
         from mss import MSS, ScreenShotError
         from Xlib.display import Display
-        from Xlib.error import ConnectionClosedError, DisplayError, XError
 
-        self._failures: tuple[type[Exception], ...]
-        self._failures = (ScreenShotError, OSError, DisplayError, ConnectionClosedError, XError)
+        self._failures: tuple[type[Exception], ...] = (ScreenShotError, *x11.failures())
         self._display: Any = None
         self._mss: MSS | None = None
         try:

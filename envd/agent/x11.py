@@ -29,18 +29,24 @@ class NoDisplay(AgentError):
 @contextmanager
 def connection() -> Iterator[Any]:
     """An Xlib Display for the length of the block. Raises NoDisplay, also for what goes wrong inside."""
-    from Xlib import error
     from Xlib.display import Display
 
     display = None
     try:
         display = Display()
         yield display
-    except (error.DisplayError, error.ConnectionClosedError, error.XError, OSError) as reason:
+    except failures() as reason:
         raise NoDisplay(reason) from reason
     finally:
         if display is not None:
             close(display)
+
+
+def failures() -> tuple[type[Exception], ...]:
+    """What Xlib raises when the server is not there, refuses us, or goes away."""
+    from Xlib.error import ConnectionClosedError, DisplayError, XauthError, XError
+
+    return DisplayError, ConnectionClosedError, XauthError, XError, OSError
 
 
 def close(display: Any) -> None:
