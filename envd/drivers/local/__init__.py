@@ -73,7 +73,7 @@ class LocalDriver(Driver):
     async def __aenter__(self) -> Self:
         """Raises MissingDependency for a missing package, StartError where the kernel forbids the sandbox."""
         await anyio.to_thread.run_sync(lambda: sandbox.require_programs(sandboxed=self._sandboxed))
-        await anyio.to_thread.run_sync(sandbox.lay_out_root, self._root)
+        await anyio.to_thread.run_sync(lambda: sandbox.lay_out_root(self._root, sandboxed=self._sandboxed))
         if self._sandboxed:
             await self._try_sandbox()
         await self._watchers.__aenter__()
@@ -369,7 +369,7 @@ class _ReservedDisplay:
             if shared_tmp and any(os.path.lexists(path) for path in _x_files(self.number)):
                 continue
             with contextlib.suppress(OSError):
-                self._socket.bind(f"\0/tmp/.X11-unix/X{self.number}")
+                self._socket.bind(f"\0{sandbox.X_SOCKETS}/X{self.number}")
                 return
         self._socket.close()
         raise OSError("no X display number is free on this host")
@@ -382,7 +382,7 @@ class _ReservedDisplay:
 
 
 def _x_files(display: int) -> list[str]:
-    return [f"/tmp/.X{display}-lock", f"/tmp/.X11-unix/X{display}"]
+    return [f"/tmp/.X{display}-lock", f"{sandbox.X_SOCKETS}/X{display}"]
 
 
 def _pipe() -> tuple[IO[bytes], IO[bytes]]:
@@ -408,6 +408,7 @@ def _environment(places: sandbox.Places, display: int, cdp_port: int) -> dict[st
         "XAUTHORITY": f"{places.home}/.Xauthority",
         "XDG_RUNTIME_DIR": places.runtime,
         "XDG_SESSION_TYPE": "x11",
+        "ACCESSIBILITY_ENABLED": "1",  # Chromium offers its windows to AT-SPI only if told so when it starts
         "DBUS_SESSION_BUS_ADDRESS": f"unix:path={places.runtime}/bus",
         "DESKTOP_CHROME": places.chrome,
         "DESKTOP_CDP_PORT": str(cdp_port),

@@ -8,6 +8,7 @@ admits users by name instead of by cookie (`xhost +si:localuser:…`).
 
 from __future__ import annotations
 
+import compileall
 import contextlib
 import importlib.util
 import os
@@ -30,6 +31,7 @@ SUPERVISOR = Path(__file__).resolve().parent / "supervisor.py"
 
 CHROMIUM = Path("/usr/lib/chromium")
 HOSTNAME = "desktop"
+X_SOCKETS = Path("/tmp/.X11-unix")
 
 _PROGRAMS = {
     "Xvfb": "xvfb",
@@ -38,7 +40,6 @@ _PROGRAMS = {
     "socat": "socat",
     "wmctrl": "wmctrl",
     "xdotool": "xdotool",
-    "xprop": "x11-utils",
     "xsetroot": "x11-xserver-utils",
     "xterm": "xterm",
     "dbus-daemon": "dbus",
@@ -120,8 +121,13 @@ def require_programs(*, sandboxed: bool) -> None:
         )
 
 
-def lay_out_root(root: Path) -> None:
+def lay_out_root(root: Path, *, sandboxed: bool) -> None:
     """The files that all desktops of a daemon share, made anew at each start. Blocks."""
+    if not sandboxed and not X_SOCKETS.is_dir():
+        X_SOCKETS.mkdir()
+        X_SOCKETS.chmod(0o1777)
+    # An editable install has no bytecode yet, and a desktop may not write it.
+    compileall.compile_dir(PACKAGE / "agent", quiet=2)
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     root.chmod(0o700)
     (root / "desktops").mkdir(exist_ok=True)
@@ -208,6 +214,7 @@ def bubblewrap(root: Path, desktop: Path, *, hide: Path, status: int) -> list[st
         *("--bind", str(desktop / "run"), INSIDE.runtime),
         *_python(),
         *_covered(hide),
+        *("--remount-ro", "/"),
         *("--chdir", INSIDE.home, "--"),
     ]
 
@@ -221,7 +228,7 @@ def _system() -> Iterator[str]:
         elif path.exists():
             yield from ("--ro-bind", str(path), str(path))
     yield from ("--ro-bind-try", "/var/cache/fontconfig", "/var/cache/fontconfig")
-    yield from ("--perms", "1777", "--dir", "/var/tmp")
+    yield from ("--perms", "1777", "--tmpfs", "/var/tmp")
 
 
 def _proc_and_dev() -> Iterator[str]:
