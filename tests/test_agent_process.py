@@ -4,7 +4,9 @@ import asyncio
 import os
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
@@ -72,6 +74,16 @@ async def test_a_port_in_use_is_named_and_ends_the_agent(desktop: RunningAgent) 
     assert second.returncode == 1
     assert f"127.0.0.1:{port}" in second.stderr
     assert "Traceback" not in second.stderr
+
+
+async def test_an_inherited_socket_holds_requests_until_the_agent_serves_it(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        port, number = held.getsockname()[1], str(held.fileno())
+        async with client(f"http://127.0.0.1:{port}") as guest:
+            early = asyncio.create_task(guest.get("/platform"))
+            argv = [sys.executable, "-m", "envd.agent", "--fd", number]
+            with running(argv, env=environment(":9999", tmp_path), pass_fds=[held.fileno()]):
+                assert await early == (200, "Linux")
 
 
 async def test_without_an_x_server_the_agent_still_answers(tmp_path: Path) -> None:
