@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
 from contextlib import aclosing, asynccontextmanager
 from typing import Any
 
@@ -33,6 +33,7 @@ SEND_LIMIT = 30.0
 """Seconds that a reader may leave a message unread before it is cut off."""
 LINE_LIMIT = 16_000
 """Bytes of a data line. Readers have limits of their own, and proxies too."""
+PIECE = 32 * 1024
 MISSED = "Events were missed; the snapshot is current."
 
 HEADERS = [
@@ -114,7 +115,8 @@ class _Stream:
                 if batch is None:
                     yield b": still here\n\n"
                     continue
-                yield b"".join(_encode(event) for event in batch)
+                for piece in _packed(batch):
+                    yield piece
                 if self._job is not None and any(event.terminal for event in batch):
                     return
         # A reader that fell behind is let go without a word: when it comes back it is told of the gap.
@@ -185,6 +187,20 @@ async def _counted(service: Service) -> AsyncIterator[None]:
 
 def _encode(event: Event) -> bytes:
     return b"id: %b\nevent: %b\n%b\n" % (event.id.encode(), event.kind.encode(), _data(event.encoded))
+
+
+def _packed(events: list[Event]) -> Iterator[bytes]:
+    """The events in pieces of about `PIECE` bytes: what is sent to a reader that does not read stays in memory."""
+    held: list[bytes] = []
+    size = 0
+    for event in events:
+        held.append(_encode(event))
+        size += len(held[-1])
+        if size >= PIECE:
+            yield b"".join(held)
+            held, size = [], 0
+    if held:
+        yield b"".join(held)
 
 
 def _message(kind: str, data: dict[str, Any]) -> bytes:
