@@ -66,6 +66,7 @@ class LocalDriver(Driver):
         self._sandboxed = not settings.local_unsandboxed
         self._state_dir = settings.state_dir.absolute()
         self._root = self._state_dir / "local"
+        self._view: list[str] = []
         self._desktops: dict[str, _Desktop] = {}
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._watchers = anyio.create_task_group()
@@ -75,6 +76,7 @@ class LocalDriver(Driver):
         await anyio.to_thread.run_sync(lambda: sandbox.require_programs(sandboxed=self._sandboxed))
         await anyio.to_thread.run_sync(lambda: sandbox.lay_out_root(self._root, sandboxed=self._sandboxed))
         if self._sandboxed:
+            self._view = await anyio.to_thread.run_sync(lambda: sandbox.view_of_host(self._root, hide=self._state_dir))
             await self._try_sandbox()
         await self._watchers.__aenter__()
         return self
@@ -147,7 +149,7 @@ class LocalDriver(Driver):
         trial = self._directory(".trial")
         await anyio.to_thread.run_sync(sandbox.remove, trial)
         await anyio.to_thread.run_sync(sandbox.lay_out_desktop, trial)
-        command = sandbox.bubblewrap(self._root, trial, hide=self._state_dir, status=1)
+        command = sandbox.bubblewrap(self._view, trial, status=1)
         try:
             with anyio.fail_after(_SPAWN_SECONDS):
                 done = await anyio.run_process([*command, "true"], check=False)
@@ -189,7 +191,8 @@ class LocalDriver(Driver):
             held.enter_context(status)
             handed_over.enter_context(status_write)
             cdp = held.enter_context(_reserved_port())
-            display = held.enter_context(_ReservedDisplay(shared_tmp=not self._sandboxed)).number
+            reserved = await anyio.to_thread.run_sync(lambda: _ReservedDisplay(shared_tmp=not self._sandboxed))
+            display = held.enter_context(reserved).number
             await anyio.to_thread.run_sync(
                 sandbox.write_cookie, directory / "home" / ".Xauthority", display, self._sandboxed
             )
@@ -199,7 +202,7 @@ class LocalDriver(Driver):
             if self._sandboxed:
                 inherited.append(os.dup(status_write.fileno()))  # bubblewrap closes it before the desktop begins
                 handed_over.callback(os.close, inherited[-1])
-                command = sandbox.bubblewrap(self._root, directory, hide=self._state_dir, status=inherited[-1])
+                command = sandbox.bubblewrap(self._view, directory, status=inherited[-1])
             else:
                 environment |= {"TMPDIR": places.tmp, _MARK: str(directory)}
             config: Any = _config(places, display, spec.screen, log_fd=log_fd, agent=agent, sandboxed=self._sandboxed)

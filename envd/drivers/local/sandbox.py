@@ -9,13 +9,13 @@ admits users by name instead of by cookie (`xhost +si:localuser:…`).
 from __future__ import annotations
 
 import compileall
-import contextlib
 import importlib.util
 import os
 import secrets
 import shutil
 import stat
 import struct
+import subprocess
 import sys
 import uuid
 from collections.abc import Iterator
@@ -142,8 +142,8 @@ def lay_out_root(root: Path, *, sandboxed: bool) -> None:
         # Not a link: an interpreter finds its environment by the path it was started from.
         _program(root / "bin" / python, f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
     etc = root / "etc"
-    for name in _ETC:
-        _copy(Path("/etc", name), etc / name)
+    # Links stay links. What is not there, or not for us to read, is left out.
+    subprocess.run(["cp", "-dR", "--parents", *_ETC, etc], cwd="/etc", stderr=subprocess.DEVNULL, check=False)
     (etc / "passwd").write_text("user:x:1000:1000:user:/home/user:/bin/bash\nnobody:x:65534:65534::/:/bin/false\n")
     (etc / "group").write_text("user:x:1000:\nnogroup:x:65534:\n")
     (etc / "hosts").write_text(f"127.0.0.1 localhost {HOSTNAME}\n::1 localhost\n")
@@ -197,25 +197,24 @@ def remove(desktop: Path) -> None:
     shutil.rmtree(desktop)
 
 
-def bubblewrap(root: Path, desktop: Path, *, hide: Path, status: int) -> list[str]:
-    """The command line up to the program to run. `hide` is covered wherever it would be seen. `status` is the file
-    descriptor that gets bubblewrap's JSON."""
+def view_of_host(root: Path, *, hide: Path) -> list[str]:
+    """bubblewrap's arguments for what every desktop sees of the host. `hide` is covered wherever it would be seen.
+    Blocks."""
+    return [*_system(), *_proc_and_dev(), *_etc(root), *_chrome(), *_programs(root), *_python(), *_covered(hide)]
+
+
+def bubblewrap(view: list[str], desktop: Path, *, status: int) -> list[str]:
+    """The command line up to the program to run. `status` is the file descriptor that gets bubblewrap's JSON."""
     return [
         *("bwrap", "--die-with-parent", "--json-status-fd", str(status)),
         *("--unshare-user", "--disable-userns", "--uid", "1000", "--gid", "1000"),
         *("--unshare-pid", "--unshare-ipc", "--unshare-cgroup-try", "--unshare-uts", "--hostname", HOSTNAME),
-        *_system(),
-        *_proc_and_dev(),
-        *_etc(root),
-        *_chrome(),
-        *("--ro-bind", str(root / "bin"), INSIDE.programs),
+        # First, since what is given may lie in a home of the same name, or in /tmp.
         *("--bind", str(desktop / "home"), INSIDE.home),
         *("--bind", str(desktop / "tmp"), INSIDE.tmp),
         *("--bind", str(desktop / "run"), INSIDE.runtime),
-        *_python(),
-        *_covered(hide),
-        *("--remount-ro", "/"),
-        *("--chdir", INSIDE.home, "--"),
+        *view,
+        *("--remount-ro", "/", "--chdir", INSIDE.home, "--"),
     ]
 
 
@@ -252,6 +251,10 @@ def _chrome() -> Iterator[str]:
     yield from ("--ro-bind", str(CHROMIUM / "chromium"), INSIDE.chrome)
 
 
+def _programs(root: Path) -> Iterator[str]:
+    yield from ("--ro-bind", str(root / "bin"), INSIDE.programs)
+
+
 def _python() -> Iterator[str]:
     """The interpreter, its packages and ours, each at its own path and nothing around them, which may be a home."""
     for path in python_paths():
@@ -278,16 +281,6 @@ def _covered(hide: Path) -> Iterator[str]:
     visible = [Path("/usr"), *python_paths()]
     if any(hide.is_relative_to(path) for path in visible):
         yield from ("--tmpfs", str(hide))
-
-
-def _copy(source: Path, target: Path) -> None:
-    """What can be read of `source`, links as links."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with contextlib.suppress(OSError, shutil.Error):  # absent, or partly not for us
-        if source.is_dir() and not source.is_symlink():
-            shutil.copytree(source, target, symlinks=True)
-        else:
-            shutil.copy2(source, target, follow_symlinks=False)
 
 
 def _program(path: Path, text: str) -> None:
