@@ -30,6 +30,8 @@ logger = structlog.get_logger(__name__)
 
 REMOVE_TRY = 60.0
 """Seconds that one call of `driver.destroy` may take."""
+LOG_LINE = 300
+"""Characters of a line of the instance's log that a failed boot is told with."""
 CDP_LOOK = 1.0
 """Seconds within which a living Chrome answers the monitor."""
 
@@ -216,7 +218,7 @@ class Fleet:
 
     async def _log_tail(self, desktop_id: str) -> tuple[str, ...]:
         with anyio.move_on_after(2):
-            return await self.driver.log_tail(desktop_id)
+            return tuple(line[:LOG_LINE] for line in await self.driver.log_tail(desktop_id))
         return ()
 
     # -- handing out --------------------------------------------------------------------------------------------

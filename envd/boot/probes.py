@@ -123,9 +123,10 @@ class Readiness:
     async def _judge_cdp(self) -> tuple[ProbeResult, str]:
         version = await self.cdp.version()
         pages = await self.cdp.pages()
+        browser = str(version["Browser"])[:60]
         if not pages:
-            return ProbeResult.FAIL, f"{version['Browser']} answers but shows no page"
-        return ProbeResult.OK, f"{version['Browser']}, {len(pages)} page(s)"
+            return ProbeResult.FAIL, f"{browser} answers but shows no page"
+        return ProbeResult.OK, f"{browser}, {len(pages)} page(s)"
 
     async def _start_chrome_if_absent(self) -> None:
         """Published OSWorld images boot without Chrome (their tasks start it), so a silent CDP port is no failure

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import aiohttp
 
 from ..errors import GuestMisbehaved, GuestUnreachable
-from .client import read_bounded
+from .client import parse_json, read_bounded
 
 
 class Cdp:
@@ -42,6 +41,6 @@ class Cdp:
         if response.status != 200:
             raise GuestMisbehaved(f"{self.url}{path} answered {response.status}")
         try:
-            return json.loads(body)
+            return parse_json(body)
         except ValueError as error:
             raise GuestMisbehaved(f"{self.url}{path} answered no JSON") from error

@@ -6,6 +6,7 @@ The guest is not trusted: every answer is bounded in size and time, and nothing 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -73,7 +74,7 @@ class Guest:
         if response.content_type != "application/json":
             return {"text": raw.decode(errors="replace")}
         try:
-            answer = json.loads(raw)
+            answer = parse_json(raw)
         except ValueError as error:
             raise GuestMisbehaved(f"{self.url}{path} answered broken JSON: {_excerpt(raw)}") from error
         if not isinstance(answer, dict):
@@ -111,6 +112,18 @@ async def read_bounded(response: aiohttp.ClientResponse, limit: int) -> bytes:
             raise GuestMisbehaved(f"{response.url} answered more than {limit} bytes; the rest was not read.")
         parts.append(chunk)
     return b"".join(parts)
+
+
+def parse_json(raw: bytes) -> Any:
+    """A guest's JSON. Raises ValueError. Halves of surrogate pairs become `?`: in an event or an answer, they could
+    not be sent on."""
+    try:
+        value = json.loads(raw.decode(errors="replace"))
+        if re.search(rb"\\u[dD][89a-fA-F]", raw):
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode(errors="replace"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    return value
 
 
 def _excerpt(body: bytes) -> str:
