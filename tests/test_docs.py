@@ -1,0 +1,129 @@
+"""The API's own description: true to the routes, valid, and readable without a network."""
+
+from __future__ import annotations
+
+import json
+import re
+from html.parser import HTMLParser
+from typing import Any
+
+import jsonschema
+import pytest
+from serving import CLICK, Served, serving
+from starlette.routing import Route
+
+from envd.app import create_app
+from envd.app.docs import openapi_document
+
+METHODS = {"get", "post", "put", "delete", "patch", "head", "options", "trace"}
+
+
+@pytest.fixture
+def document() -> dict[str, Any]:
+    return json.loads(json.dumps(openapi_document(), allow_nan=False))  # type: ignore[no-any-return]  # JSON
+
+
+def operations(document: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
+    return [(path, method, operation) for path, item in document["paths"].items() for method, operation in item.items()]
+
+
+async def test_the_document_has_exactly_the_routes_of_the_app(document: dict[str, Any]) -> None:
+    async with serving() as served:
+        routes = create_app(served.service).routes
+    served_paths = {
+        (route.path, method.lower())
+        for route in routes
+        if isinstance(route, Route)
+        for method in (route.methods or set()) - {"HEAD"}
+    }
+    assert len(routes) == len({path for path, _ in served_paths})
+    assert served_paths == {(path, method) for path, method, _ in operations(document)}
+
+
+def test_the_document_has_the_structure_of_openapi_3_1(document: dict[str, Any]) -> None:
+    assert re.fullmatch(r"3\.1\.\d+", document["openapi"])
+    assert document.keys() <= {"openapi", "info", "paths", "components"}
+    assert {"title", "version"} <= document["info"].keys()
+    assert all(path.startswith("/") for path in document["paths"])
+    for path, method, operation in operations(document):
+        assert method in METHODS
+        assert operation.keys() <= {"summary", "parameters", "requestBody", "responses"}
+        assert operation["summary"], path
+        assert all(re.fullmatch(r"[1-5]\d\d|default", status) for status in operation["responses"])
+        assert all(response["description"] for response in operation["responses"].values())
+        in_path = {one["name"] for one in operation["parameters"] if one["in"] == "path" and one["required"]}
+        assert in_path == set(re.findall(r"{(\w+)}", path))
+        names = [(one["name"], one["in"]) for one in operation["parameters"]]
+        assert len(names) == len(set(names))
+
+
+def test_every_schema_is_valid_and_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
+    schemas = document["components"]["schemas"]
+    for schema in schemas.values():
+        jsonschema.Draft202012Validator.check_schema(schema)
+    references = re.findall(r'"\$ref": "([^"]*)"', json.dumps(document))
+    assert {reference.removeprefix("#/components/schemas/") for reference in references} <= schemas.keys()
+    assert {"Job", "Env", "Problem", "StepResult", "ResetRequest", "LegacyReset"} <= schemas.keys()
+
+
+def fits(document: dict[str, Any], name: str, value: Any) -> None:
+    schema = {"$ref": f"#/components/schemas/{name}", "components": document["components"]}
+    jsonschema.Draft202012Validator(schema).validate(value)
+
+
+async def answers(served: Served) -> list[tuple[str, Any]]:
+    job = await served.reset(task={"id": "t-1"})
+    _, result = await served.post("/v1/envs/0/step", {"prediction": CLICK})
+    _, env = await served.get("/v1/envs/0")
+    _, problem = await served.get("/v1/jobs/none")
+    async with served.stream(f"/v1/jobs/{job['id']}/events") as reader:
+        events = [json.loads(message.data) for message in (await reader.rest())[1:]]
+    return [
+        ("Job", job),
+        ("StepResult", result),
+        ("Env", env),
+        ("Problem", problem),
+        *(("Event", one) for one in events),
+    ]
+
+
+async def test_answers_are_as_their_schema_says(document: dict[str, Any]) -> None:
+    async with serving() as served:
+        found = await answers(served)
+    assert len(found) >= 5
+    for name, value in found:
+        fits(document, name, value)
+
+
+async def test_a_body_that_its_schema_refuses_is_refused(document: dict[str, Any]) -> None:
+    bad: dict[str, Any] = {"ResetRequest": {"task": []}, "StepRequest": {"acts": []}, "LegacyStep": {}}
+    for name, body in bad.items():
+        with pytest.raises(jsonschema.ValidationError):
+            fits(document, name, body)
+
+
+class Outside(HTMLParser):
+    """Collects every attribute through which a page could load something."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loads: list[str] = []
+        self.tags: set[str] = set()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        self.loads += [value or "" for name, value in attrs if name in ("src", "href", "action", "srcset", "data")]
+
+
+async def test_the_page_lists_every_route_and_loads_nothing(document: dict[str, Any]) -> None:
+    async with serving() as served:
+        status, page, headers = await served.ask("GET", "/docs")
+        assert await served.get("/openapi.json") == (200, document)
+    assert (status, headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+    outside = Outside()
+    outside.feed(page.decode())
+    assert not outside.tags & {"script", "link", "img", "iframe", "object", "embed"}
+    assert all(reference == "/openapi.json" or reference.startswith("#") for reference in outside.loads)
+    assert b"url(" not in page
+    assert b"@import" not in page
+    assert [path for path in document["paths"] if f"<code>{path}</code>".encode() not in page] == []
