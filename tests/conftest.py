@@ -1,0 +1,78 @@
+"""The interpreters that process tests run on: the one that runs the tests, and one from the other side of 3.12.
+
+Since Python 3.12 a server that closes waits for its open connections, so the way out has to be seen on both sides.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+WATERSHED = (3, 12)
+OLDEST = (3, 11)
+
+
+@pytest.fixture(scope="session")
+def other_python() -> Path:
+    """An interpreter from the other side of 3.12, in a virtual environment that has envd. Skips when there is none."""
+    found = sorted((version, path) for path in _interpreters() if (version := _version_of(path)) >= OLDEST)
+    others = [one for one in found if (one[0] >= WATERSHED) is not (sys.version_info[:2] >= WATERSHED)]
+    if not others:
+        side = "newer than 3.11" if sys.version_info[:2] < WATERSHED else "3.11"
+        pytest.skip(f"no Python {side} on PATH or under pyenv")
+    version, path = others[-1]
+    return _environment(version, path)
+
+
+@pytest.fixture(params=["this", "other"])
+def python(request: pytest.FixtureRequest) -> Path:
+    """Each of the two in turn."""
+    return Path(sys.executable) if request.param == "this" else request.getfixturevalue("other_python")
+
+
+def _interpreters() -> Iterator[Path]:
+    for minor in range(11, 20):
+        if found := shutil.which(f"python3.{minor}"):
+            yield Path(found)
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    yield from pyenv.glob("versions/*/bin/python3")
+
+
+def _version_of(python: Path) -> tuple[int, int]:
+    """(0, 0) for what cannot make virtual environments, such as a shim without a version behind it."""
+    probe = "import sys, venv, ensurepip; print(*sys.version_info[:2])"
+    ran = subprocess.run([python, "-c", probe], capture_output=True, text=True, check=False, timeout=20)
+    major, minor = ran.stdout.split() if ran.returncode == 0 else ("0", "0")
+    return int(major), int(minor)
+
+
+def _environment(version: tuple[int, int], python: Path) -> Path:
+    """Made once, and again when what it is made from has changed. Two runs of the tests do not make it at once."""
+    venv = ROOT / f".venv-{version[0]}.{version[1]}"
+    constraints, project = ROOT / "constraints.txt", ROOT / "pyproject.toml"
+    made_from = hashlib.sha256(f"{python}\n{project.read_text()}\n{constraints.read_text()}".encode()).hexdigest()
+    stamp, made = venv / "made-from", venv / "bin" / "python"
+    with project.open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not (stamp.is_file() and stamp.read_text() == made_from):
+            _run(python, "-m", "venv", "--clear", venv)
+            pip = ("-m", "pip", "install", "--quiet", "--disable-pip-version-check")
+            _run(made, *pip, "--constraint", constraints, "--editable", ROOT)
+            stamp.write_text(made_from)
+    return made
+
+
+def _run(*command: str | Path) -> None:
+    ran = subprocess.run(command, capture_output=True, text=True, check=False, timeout=100)
+    if ran.returncode:
+        last = (ran.stderr.strip().splitlines() or ["no output"])[-1]
+        pytest.skip(f"no second interpreter: {' '.join(map(str, command[:4]))} … failed: {last}")
