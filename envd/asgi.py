@@ -4,15 +4,14 @@ better choice.
 The lifespan runs the supervised half. Two things need care here (traps.md, findings 1 and 3): hypercorn would go on
 answering when the queue has died, so this process ends itself then; and it waits for open streams before it ends the
 lifespan, so the streams are ended as soon as it begins to stop. That moment is seen at the task in which hypercorn
-waits for it, since no signal need reach this process: as a rule hypercorn serves in a child of the one that is told
-to stop.
+waits for it, since no signal need reach this process: unless it is run with `--workers 0`, hypercorn serves in a
+child of the one that is told to stop. (Without that, hypercorn 0.18 ends with 0 whatever its child ended with.)
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-import multiprocessing
 import os
 import signal
 from collections.abc import AsyncIterator, Coroutine
@@ -32,9 +31,9 @@ from .settings import load
 logger = structlog.get_logger(__name__)
 
 BUG = 70
-LOOK, LOOKS = 0.05, 200
+LOOK, LOOKS = 0.001, 5000
 """Seconds between two looks for the task in which hypercorn waits, and how many; it is there a moment after the
-lifespan began."""
+lifespan began, and the daemon may be told to stop in the next."""
 
 
 class LifespanApp:
@@ -84,7 +83,7 @@ async def _running(ports: set[int]) -> AsyncIterator[Service]:
             core = asyncio.create_task(service.run(started.set), name="boot queue")
             core.add_done_callback(_end_with_the_queue)
             await started.wait()
-            _pass_on_sigterm()
+            _tidy_before_sigterm(service, core)
             drain = asyncio.create_task(_drain_when_hypercorn_stops(service, ports), name="drain")
             try:
                 yield service
@@ -114,11 +113,21 @@ def _waits_for_the_end(task: asyncio.Task[object]) -> bool:
     return isinstance(work, Coroutine) and getattr(work, "cr_code", None) is raise_shutdown.__code__
 
 
-def _pass_on_sigterm() -> None:
-    """To hypercorn's first process: its child, this one, would die of the signal on the spot and leave desktops."""
-    parent = multiprocessing.parent_process()
-    if parent is not None and parent.pid is not None:
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, os.kill, parent.pid, signal.SIGTERM)
+def _tidy_before_sigterm(service: Service, core: asyncio.Task[None]) -> None:
+    """In hypercorn's child, which lets SIGTERM end it on the spot: have it end a moment later, without desktops."""
+    loop = asyncio.get_running_loop()
+    tidying: list[asyncio.Task[None]] = []
+
+    async def tidy() -> None:
+        await service.drain()
+        core.cancel()
+        await asyncio.wait({core})
+        logging.shutdown()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.raise_signal(signal.SIGTERM)
+
+    if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+        loop.add_signal_handler(signal.SIGTERM, lambda: tidying.append(loop.create_task(tidy())))
 
 
 def _end_with_the_queue(core: asyncio.Task[None]) -> None:
