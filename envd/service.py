@@ -68,7 +68,8 @@ class Service:
                 await recovered.wait()
                 tasks.start_soon(self.queue.run, consuming)
                 await consuming.wait()
-                if self.settings.prewarm if self.settings.prewarm is not None else self.driver.traits.prewarm:
+                wanted = self.settings.prewarm
+                if wanted or (wanted is None and self.driver.traits.prewarm):
                     self.queue.submit_prewarm()
                 self._running = True
                 started()

@@ -100,21 +100,22 @@ class _Boot:
     def probed(self, probe: Probe) -> None:
         before = self._probes.get(probe.name)
         self._probes[probe.name] = probe
-        changes = {"probes": tuple(self._probes.values())}
+        # Another try with the same result is no news: it is told with the next progress, and wakes nobody before.
         if before is None or (before.result, before.passed, before.detail) != (
             probe.result,
             probe.passed,
             probe.detail,
         ):
-            self._queue._update(self.ticket, "probe", changes, probe=probe.model_dump(mode="json"))
-        else:
-            self._queue._update(self.ticket, None, changes)
+            self._queue._update(self.ticket, "probe", self._tried(), probe=probe.model_dump(mode="json"))
 
     def note(self, message: str) -> None:
         self._queue._update(self.ticket, "note", {}, message=message)
 
     def progress(self, message: str) -> None:
-        self._queue._update(self.ticket, "progress", {}, message=message)
+        self._queue._update(self.ticket, "progress", self._tried(), message=message)
+
+    def _tried(self) -> dict[str, Any]:
+        return {"probes": tuple(self._probes.values())}
 
     def pass_on(self, heir: _Ticket) -> None:
         """Serve `heir` from here on, as if the boot had been begun for it."""
