@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import os
 from typing import Any
 
 import pytest
@@ -387,3 +388,17 @@ async def test_health_has_the_fields_of_every_dialect() -> None:
         }
         await served.play(0)
         assert (await health(served))["env_status"] == "initialized"
+
+
+async def test_a_client_that_connects_anew_for_each_call_leaves_no_socket_behind() -> None:
+    def open_files() -> int:
+        return len(os.listdir("/proc/self/fd"))
+
+    async with serving() as served:
+        trainer = Trainer(served.url, "A")
+        await trainer.reset(TASK)
+        before = open_files()
+        for _ in range(20):
+            (await trainer.step("Action: wait()")).raise_for_status()
+            await asyncio.to_thread(requests.get, f"{served.url}/health", timeout=10)
+        await eventually(lambda: open_files() <= before + 2)
