@@ -3,6 +3,7 @@ it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Coroutine
 from typing import Annotated, Any, NoReturn
 
@@ -126,6 +127,6 @@ def fail(detail: str, hint: str, code: int) -> NoReturn:
         if hint:
             typer.echo(hint, err=True)
     except OSError:
-        # Nobody can read it; the exit code still tells.
-        pass
+        # Nobody can read it. The exit code still tells, if Python does not try once more to write on its way out.
+        os._exit(code)
     raise SystemExit(code)
