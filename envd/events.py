@@ -22,7 +22,7 @@ from .store import MemoryStore, Store
 
 logger = structlog.get_logger(__name__)
 
-QUIET = frozenset({"position", "probe", "progress"})
+QUIET = frozenset({"position", "probe"})
 """Kinds that are logged at debug level only: a boot makes hundreds of them."""
 
 
