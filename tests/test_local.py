@@ -265,10 +265,12 @@ async def test_invariant_5_nothing_survives_the_daemon_and_the_next_one_finds_th
 
 @BOTH
 async def test_what_another_driver_left_running_is_found_by_its_directory(unsandboxed: bool, tmp_path: Path) -> None:
-    async with local(tmp_path, local_unsandboxed=unsandboxed) as one, desktops(one, "a-1"):
+    async with local(tmp_path, local_unsandboxed=unsandboxed) as one, desktops(one, "a-1") as [desktop]:
+        display = (await desktop.sh("echo $DISPLAY")).removeprefix(":")
         async with local(tmp_path, local_unsandboxed=unsandboxed) as two:
             await two.destroy("a-1")
-            assert started_with(f"{tmp_path}/local") == set()
+        assert started_with(f"{tmp_path}/local") == set()
+        assert not Path(f"/tmp/.X{display}-lock").exists()
         async with asyncio.timeout(2):
             await one.wait("a-1")
 

@@ -6,11 +6,11 @@ takes the desktop's process namespace with it.
 
 Nothing is chosen before it is held, so nobody can take it in between:
 
-* the agent inherits a socket that listens already, so its port accepts from the first moment;
+* The agent and X inherit sockets that listen already, so all programs start at once: who comes early waits in line.
 * Chromium cannot inherit one. A socket of ours is bound to its port and never listens, which by SO_REUSEADDR (Chromium
-  sets it too) lets a listener in, and keeps the kernel from giving the port away, also while Chromium is restarted;
-* the X server's number is held by a socket of ours on its abstract name (unix(7)). The network namespace is shared, so
-  X clients would find another server of this host there; now they are refused, and go on to the private /tmp.
+  sets it too) lets a listener in, and keeps the kernel from giving the port away, also while Chromium is restarted.
+* X's display number is held by a socket of ours on its abstract name (unix(7)). The network namespace is shared, so X
+  clients would find another server of this host there; now they are refused, and go on to the private /tmp.
 
 With `ENVD_LOCAL_UNSANDBOXED=1` the same processes run without bubblewrap. Weaker then: they see the user's files and
 processes, /tmp is shared, `pkill chrome` finds no process of that name, and what a desktop started is found by its
@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import json
 import marshal
 import os
@@ -52,6 +53,8 @@ _ID = re.compile(r"[a-z0-9-]{1,63}")
 _SPAWN_SECONDS = 10.0
 _END_SECONDS = 10.0
 _MARK = "DESKTOP_DIRECTORY"
+_LITTER = "litter"
+"""Lists a desktop's files outside of its directory, which there are only without a sandbox."""
 
 
 class LocalDriver(Driver):
@@ -93,18 +96,15 @@ class LocalDriver(Driver):
         self._desktops.clear()
 
     async def create(self, spec: InstanceSpec, report: Report) -> Endpoints:
-        """Returns once X accepts connections: no probe can pass earlier."""
         if not _ID.fullmatch(spec.id):
             raise BootFailed(f"{spec.id!r} is no id for a desktop: [a-z0-9-], at most 63 characters.")
-        report("starting the X server")
+        report("starting X, Chromium and the guest server")
         async with self._lock(spec.id):
             with anyio.CancelScope(shield=True):  # takes milliseconds; half of it could not be found again
                 desktop = await self._start(spec)
-        await desktop.drawn.wait()
         if desktop.death is not None:
             tail = await self.log_tail(spec.id)
-            raise BootFailed(f"The desktop died before X was up: {desktop.death.reason}.", phase="create", log=tail)
-        report("X server is up; Chromium and the guest server are starting")
+            raise BootFailed(f"The desktop died at once: {desktop.death.reason}.", phase="create", log=tail)
         return desktop.endpoints
 
     async def destroy(self, instance_id: str) -> None:
@@ -191,12 +191,11 @@ class LocalDriver(Driver):
             held.enter_context(status)
             handed_over.enter_context(status_write)
             cdp = held.enter_context(_reserved_port())
-            reserved = await anyio.to_thread.run_sync(lambda: _ReservedDisplay(shared_tmp=not self._sandboxed))
-            display = held.enter_context(reserved).number
-            await anyio.to_thread.run_sync(
-                sandbox.write_cookie, directory / "home" / ".Xauthority", display, self._sandboxed
-            )
-            inherited = [log_fd, agent.fileno()]
+            reserved, x = await anyio.to_thread.run_sync(_display, directory, self._sandboxed)
+            held.enter_context(reserved)
+            handed_over.enter_context(x)
+            display = int(os.path.basename(x.getsockname())[1:])
+            inherited = [log_fd, agent.fileno(), x.fileno()]
             environment = _environment(places, display, _port(cdp))
             command = []
             if self._sandboxed:
@@ -205,7 +204,9 @@ class LocalDriver(Driver):
                 command = sandbox.bubblewrap(self._view, directory, status=inherited[-1])
             else:
                 environment |= {"TMPDIR": places.tmp, _MARK: str(directory)}
-            config: Any = _config(places, display, spec.screen, log_fd=log_fd, agent=agent, sandboxed=self._sandboxed)
+            config: Any = _config(places, display, spec.screen, log_fd=log_fd, x=x, agent=agent)
+            if not self._sandboxed:
+                config["subreaper"] = True
             process = await asyncio.create_subprocess_exec(
                 *(*command, sys.executable, "-I", "-S", str(sandbox.SUPERVISOR), marshal.dumps(config).hex()),
                 stdin=asyncio.subprocess.PIPE,
@@ -232,8 +233,6 @@ class _Desktop:
     """What keeps its port and its display from being given to anyone else."""
     entered: anyio.Event = field(default_factory=anyio.Event)
     """The namespace's first process is known (or there will be none)."""
-    drawn: anyio.Event = field(default_factory=anyio.Event)
-    """X accepts connections (or never will)."""
     over: anyio.Event = field(default_factory=anyio.Event)
     death: Death | None = None
     _init: int | None = None
@@ -252,11 +251,7 @@ class _Desktop:
             if self.sandboxed:
                 self._enter(await _next_event(reader))
             self.entered.set()
-            event = await _next_event(reader)
-            if event.get("event") == "display":
-                self.drawn.set()
-                event = await _next_event(reader)
-            self._note_death(event)
+            self._note_death(await _next_event(reader))
             transport.close()
             await self.process.wait()
             await self._emptied()
@@ -331,8 +326,8 @@ class _Desktop:
         if self._init is not None:
             os.close(self._init)
             self._init = None
-        for event in (self.over, self.drawn, self.entered):
-            event.set()
+        self.over.set()
+        self.entered.set()
 
 
 async def _next_event(reader: asyncio.StreamReader) -> dict[str, Any]:
@@ -362,26 +357,28 @@ def _reserved_port() -> socket.socket:
     return reservation
 
 
-class _ReservedDisplay:
-    """The first display number that no X server of this host has, held by its abstract socket. Where /tmp is shared,
-    a server that keeps to its files (`-nolisten local`) can still take it before ours is up."""
-
-    def __init__(self, *, shared_tmp: bool) -> None:
-        self._socket = socket.socket(socket.AF_UNIX)
-        for self.number in range(10_000):
-            if shared_tmp and any(os.path.lexists(path) for path in _x_files(self.number)):
-                continue
-            with contextlib.suppress(OSError):
-                self._socket.bind(f"\0{sandbox.X_SOCKETS}/X{self.number}")
-                return
-        self._socket.close()
-        raise OSError("no X display number is free on this host")
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._socket.close()
+def _display(directory: Path, sandboxed: bool) -> tuple[socket.socket, socket.socket]:
+    """The first display number that no X server of this host has: a socket that holds its abstract name, and the one
+    that X is to listen on, which its cookie goes with. Blocks. Raises OSError."""
+    sockets = directory / "tmp" / ".X11-unix" if sandboxed else sandbox.X_SOCKETS
+    for number in range(10_000):
+        if not sandboxed and any(os.path.lexists(path) for path in _x_files(number)):
+            continue
+        with contextlib.ExitStack() as made:
+            held, x = (made.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(2))
+            try:
+                held.bind(f"\0{sandbox.X_SOCKETS}/X{number}")
+                sandbox.listen(x, sockets, f"X{number}")
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    continue
+                raise
+            sandbox.write_cookie(directory / "home" / ".Xauthority", number, sandboxed)
+            if not sandboxed:
+                (directory / _LITTER).write_text("\n".join(_x_files(number)))
+            made.pop_all()
+            return held, x
+    raise OSError("no X display number is free on this host")
 
 
 def _x_files(display: int) -> list[str]:
@@ -424,11 +421,12 @@ def _config(
     screen: tuple[int, int],
     *,
     log_fd: int,
+    x: socket.socket,
     agent: socket.socket,
-    sandboxed: bool,
 ) -> Config:
-    def program(name: str, *argv: str, essential: bool = False, inherits: int | None = None) -> Program:
-        return {"name": name, "argv": list(argv), "essential": essential, "socket": inherits}
+    def program(name: str, *argv: str, essential: bool = False, inherits: socket.socket | None = None) -> Program:
+        passed = None if inherits is None else inherits.fileno()
+        return {"name": name, "argv": list(argv), "essential": essential, "socket": passed}
 
     bus = f"unix:path={places.runtime}/bus"
     port = str(_port(agent))
@@ -436,24 +434,23 @@ def _config(
         "status": 1,
         "control": 0,
         "log": log_fd,
-        "litter": [] if sandboxed else _x_files(display),
-        "subreaper": not sandboxed,
-        "x": program(
-            *("X server", "Xvfb", f":{display}", "-displayfd", "3", "-screen", "0", f"{screen[0]}x{screen[1]}x24"),
-            *("-nolisten", "tcp", "-nolisten", "local", "-noreset", "-s", "0", "-auth", f"{places.home}/.Xauthority"),
-            essential=True,
-        ),
-        "beside_x": [
-            # Nobody knows its port before X is up, and it does not look at X before it is asked.
+        "subreaper": False,
+        "programs": [
+            program(
+                # File descriptor 3 is handed to X as systemd does it, sd_listen_fds(3).
+                *("X server", "sh", "-c", 'LISTEN_FDS=1 LISTEN_PID=$$ exec "$0" "$@"'),
+                *("Xvfb", f":{display}", "-screen", "0", f"{screen[0]}x{screen[1]}x24", "-noreset", "-s", "0"),
+                *("-nolisten", "tcp", "-nolisten", "local", "-auth", f"{places.home}/.Xauthority"),
+                essential=True,
+                inherits=x,
+            ),
+            program("dbus", "dbus-daemon", "--session", f"--address={bus}", "--nofork", "--nopidfile", "--nosyslog"),
+            program("chromium", "google-chrome", "--remote-debugging-port=1337", "about:blank"),
             program(
                 *("guest server", "python", "-m", "envd.agent", "--host", "127.0.0.1", "--port", port, "--fd", "3"),
                 essential=True,
-                inherits=agent.fileno(),
+                inherits=agent,
             ),
-            program("dbus", "dbus-daemon", "--session", f"--address={bus}", "--nofork", "--nopidfile", "--nosyslog"),
-        ],
-        "after_x": [
-            program("chromium", "google-chrome", "--remote-debugging-port=1337", "about:blank"),
             program("window manager", "openbox", "--sm-disable", essential=True),
             program("background", "xsetroot", "-solid", "#30506a"),
         ],
@@ -488,6 +485,9 @@ def _sweep(directory: Path, search: bool) -> None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
+    with contextlib.suppress(FileNotFoundError):
+        for path in (directory / _LITTER).read_text().splitlines():
+            Path(path).unlink(missing_ok=True)
     sandbox.remove(directory)
 
 

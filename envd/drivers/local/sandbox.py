@@ -13,6 +13,7 @@ import importlib.util
 import os
 import secrets
 import shutil
+import socket
 import stat
 import struct
 import subprocess
@@ -180,6 +181,17 @@ def write_cookie(path: Path, display: int, sandboxed: bool) -> None:
             content += struct.pack(">H", len(part)) + part
     path.touch(mode=0o600)
     path.write_bytes(content)
+
+
+def listen(sock: socket.socket, directory: Path, name: str) -> None:
+    """Make it listen on a name in a directory whose path may be longer than a socket's may be (unix(7): 107 bytes).
+    Blocks."""
+    opened = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        sock.bind(f"/proc/self/fd/{opened}/{name}")
+    finally:
+        os.close(opened)
+    sock.listen(128)
 
 
 def remove(desktop: Path) -> None:

@@ -1,12 +1,12 @@
-"""The first process of a `local` desktop: starts its programs in order, tells the driver, and ends with the desktop.
+"""The first process of a `local` desktop: starts its programs, keeps their log, and ends with the desktop.
 
 Run as a file by a bare interpreter (`python -I -S supervisor.py CONFIG`). Every import here delays every reset, so it
 does without json, signal and typing (each costs 5 to 15 ms) and whatever imports them. CONFIG is a `Config`, marshalled
 and in hexadecimal.
 
-It writes JSON lines to the status pipe: {"event": "display"} once X accepts connections, and {"event": "death",
-"what": …, "status": …} as its last word when a program died without which there is no desktop (`status` is what
-subprocess.Popen.returncode would be). It ends when the control pipe does: when the driver closes it, or dies.
+Its last word on the status pipe is a JSON line if a program died without which there is no desktop: {"event": "death",
+"what": …, "status": …}, where `status` is what subprocess.Popen.returncode would be. It ends when the control pipe
+does: when the driver closes it, or dies.
 """
 
 from __future__ import annotations
@@ -34,13 +34,9 @@ if TYPE_CHECKING:
         status: int
         control: int
         log: int
-        x: Program
-        """Its file descriptor 3 is where it says that it is up."""
-        beside_x: list[Program]
-        """Started at once: they need X late, or not at all."""
-        after_x: list[Program]
-        litter: list[str]
-        """Files to remove at the end, where no private /tmp goes with the desktop."""
+        programs: list[Program]
+        """All are started at once, in this order: X's socket listens already, and holds its clients until X is up. When
+        several die together, the first of them is named: X takes its clients with it."""
         subreaper: bool
         """Outside of a pid namespace, the only way to find what was started and left its parent."""
 
@@ -62,36 +58,24 @@ class Supervisor:
 
     def run(self) -> None:
         """Returns when the desktop is over."""
-        sockets = [program["socket"] for program in self.config["beside_x"]]
+        sockets = [program["socket"] for program in self.config["programs"]]
         for fd in (self.config["status"], self.config["control"], self.config["log"], *sockets):
             if fd is not None:
                 os.set_inheritable(fd, False)
-        display, display_write = os.pipe()
-        self._start({**self.config["x"], "socket": display_write})
-        for program in self.config["beside_x"]:
-            self._start(program)
         self.poll.register(self.config["control"], select.POLLIN)
-        self.poll.register(display, select.POLLIN)
+        for program in self.config["programs"]:
+            self._start(program)
         while True:
             for fd, _ in self.poll.poll():
                 if fd == self.config["control"]:
                     return
-                if fd == display:
-                    self.poll.unregister(display)
-                    if os.read(display, 64):  # else X died instead, and is reaped in a moment
-                        self._x_is_up()
-                elif fd in self.partial:
+                if fd in self.partial:
                     self._pump(fd)
                 else:  # the pidfd of a program that has ended
                     self.poll.unregister(fd)
                     os.close(fd)
             if self._reap():
                 return
-
-    def _x_is_up(self) -> None:
-        for program in self.config["after_x"]:
-            self._start(program)
-        self._tell('{"event": "display"}')
 
     def _start(self, program: Program) -> None:
         output, child_output = os.pipe()
@@ -156,7 +140,7 @@ class Supervisor:
         time.sleep(0.01)
         dead += self._collect()
         essential = [(program, status) for program, status in dead if program["essential"]]
-        self._tell_death(*min(essential, key=lambda one: one[0]["name"] != self.config["x"]["name"]))
+        self._tell_death(*min(essential, key=lambda one: self.config["programs"].index(one[0])))
         return True
 
     def _collect(self) -> list[tuple[Program, int]]:
@@ -175,10 +159,8 @@ class Supervisor:
                 self._log(program["name"], b"ended with %d" % code if code >= 0 else b"killed by signal %d" % -code)
 
     def _tell_death(self, program: Program, code: int) -> None:
-        self._tell(f'{{"event": "death", "what": "{program["name"]}", "status": {code}}}')
-
-    def _tell(self, event: str) -> None:
-        os.write(self.config["status"], event.encode() + b"\n")
+        event = f'{{"event": "death", "what": "{program["name"]}", "status": {code}}}\n'
+        os.write(self.config["status"], event.encode())
 
 
 def parents() -> dict[int, int]:
@@ -237,11 +219,6 @@ def main() -> None:
     finally:
         if config["subreaper"]:
             kill_descendants()
-        for path in config["litter"]:
-            try:
-                os.unlink(path)
-            except OSError:
-                pass
 
 
 def become_subreaper() -> None:
