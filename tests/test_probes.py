@@ -11,6 +11,8 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from PIL import Image, ImageDraw
 
 from envd.boot import probes
@@ -165,13 +167,28 @@ async def test_chrome_and_the_bridge_are_started_only_when_the_guest_answers_and
     assert heard.notes == []
 
 
-async def test_a_launch_that_fails_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_launch_that_fails_is_told_and_tried_again() -> None:
+    async def screenshot(request: web.Request) -> web.Response:
+        return web.Response(body=picture(window), content_type="image/png")
+
+    async def launch(request: web.Request) -> web.Response:
+        return web.json_response({"status": "error", "message": "no such program"}, status=500)
+
+    guest = web.Application()
+    guest.add_routes([web.get("/screenshot", screenshot), web.post("/setup/launch", launch)])
     heard = Heard()
 
-    async def told() -> None:
-        while not any("did not start them" in note for note in heard.notes):
+    async def told_twice() -> None:
+        while sum("did not start them" in note for note in heard.notes) < 2:
             heard.moment.clear()
             await heard.moment.wait()
 
-    monkeypatch.setattr(probes, "CHROME", [])  # no command: the guest refuses to launch it
-    await readiness(tmp_path, Behaviour(cdp_s=None), heard, wait_for=told(), grace=0)
+    async with TestServer(guest) as server, aiohttp.ClientSession() as http:
+        url = str(server.make_url("")).rstrip("/")
+        ready = Readiness(Guest(http, url), Cdp(http, f"{url}/no-chrome"), SCREEN, 0.005, 0, heard)
+        waiting = asyncio.create_task(ready.wait())
+        async with asyncio.timeout(20):
+            await told_twice()
+        waiting.cancel()
+        await asyncio.wait({waiting})
+    assert "no such program" in next(note for note in heard.notes if "did not start" in note)
