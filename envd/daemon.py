@@ -36,7 +36,7 @@ from .settings import Settings, effective
 
 logger = structlog.get_logger(__name__)
 
-KEEP_ALIVE = 75.0
+KEEP_ALIVE = 20.0
 """Seconds an idle connection is kept: longer than clients keep theirs (aiohttp: 15), so that a POST never meets a
 closing one."""
 

@@ -33,7 +33,7 @@ class Store(Protocol):
 class MemoryStore:
     """Keeps the newest `job_limit` ended jobs (all that have not ended) and the newest `event_limit` events."""
 
-    def __init__(self, job_limit: int = 10_000, event_limit: int = 20_000) -> None:
+    def __init__(self, job_limit: int = 10_000, event_limit: int = 8192) -> None:
         self._jobs: dict[str, Job] = {}
         self._ended: deque[str] = deque()
         self._job_limit = job_limit
