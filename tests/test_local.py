@@ -94,6 +94,10 @@ def in_namespace(namespace: str) -> set[int]:
     return processes(lambda directory: os.readlink(directory / "ns/pid") == namespace)
 
 
+def is_locked(display: str) -> bool:
+    return Path(f"/tmp/.X{display}-lock").exists()
+
+
 async def until(true: Callable[[], Awaitable[object]], seconds: float = 10) -> None:
     async with asyncio.timeout(seconds):
         while not await true():  # noqa: ASYNC110 - of other processes, which tell us nothing
@@ -270,7 +274,7 @@ async def test_what_another_driver_left_running_is_found_by_its_directory(unsand
         async with local(tmp_path, local_unsandboxed=unsandboxed) as two:
             await two.destroy("a-1")
         assert started_with(f"{tmp_path}/local") == set()
-        assert not Path(f"/tmp/.X{display}-lock").exists()
+        assert not is_locked(display)
         async with asyncio.timeout(2):
             await one.wait("a-1")
 
