@@ -10,12 +10,12 @@ import asyncio
 import json
 import os
 import re
-import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from signal import SIGKILL, SIGTERM, Signals
 from typing import Any, Literal
 
 import aiohttp
@@ -119,12 +119,12 @@ class DaemonProcess:
                         return
                 await asyncio.sleep(0.02)
 
-    def signal(self, number: signal.Signals = signal.SIGTERM) -> float:
+    def signal(self, number: Signals = SIGTERM) -> float:
         """Send it, and return when that was (monotonic clock)."""
         self.process.send_signal(number)
         return time.monotonic()
 
-    def signal_all(self, number: signal.Signals) -> None:
+    def signal_all(self, number: Signals) -> None:
         """Send it to every process of the command."""
         os.killpg(self.pid, number)
 
@@ -138,7 +138,7 @@ class DaemonProcess:
     async def kill(self) -> None:
         """For the end of a test, whatever came of it: the process group dies."""
         try:
-            os.killpg(self.pid, signal.SIGKILL)
+            os.killpg(self.pid, SIGKILL)
         except ProcessLookupError:
             pass
         await self.process.wait()

@@ -92,17 +92,10 @@ async def test_a_crash_of_the_queue_ends_the_whole_command(tmp_path: Path, kind:
             socket.create_connection(("127.0.0.1", int(process.url.rpartition(":")[2])), timeout=5)
 
 
-@pytest.mark.parametrize(
-    ("env", "told"),
-    [
-        pytest.param({"ENVD_PROT": "1"}, "did you mean ENVD_PORT", id="setting"),
-        pytest.param({"PROVIDER": ""}, "PROVIDER=docker", id="provider"),
-    ],
-)
-async def test_what_cannot_start_ends_the_whole_command(tmp_path: Path, env: dict[str, str], told: str) -> None:
-    refused = await start(tmp_path / "state", kind="hypercorn in-process", env=env)
+async def test_what_cannot_start_ends_the_whole_command(tmp_path: Path) -> None:
+    refused = await start(tmp_path / "state", kind="hypercorn in-process", env={"ENVD_PROT": "1"})
     assert await refused.ended(30) == 1
-    assert told in refused.text
+    assert "did you mean ENVD_PORT" in refused.text
 
 
 async def test_a_mistake_of_ours_at_the_start_ends_the_whole_command(tmp_path: Path) -> None:
