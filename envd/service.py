@@ -27,7 +27,7 @@ from .tasks import setup
 
 logger = structlog.get_logger(__name__)
 
-CLEAR_LIMIT = 3.0
+CLEAR_LIMIT = 2.5
 """Seconds that destroying what is left may take when the daemon ends."""
 
 
