@@ -136,9 +136,11 @@ class Supervisor:
         dead = self._collect()
         if not any(program["essential"] for program, _ in dead):
             return False
-        # What needs X follows it within a moment, and may be seen first.
-        time.sleep(0.01)
-        dead += self._collect()
+        # What needs X follows it at once, and may be seen first.
+        first, patience = self.config["programs"][0], time.monotonic() + 0.2
+        while all(program is not first for program, _ in dead) and time.monotonic() < patience:
+            time.sleep(0.005)
+            dead += self._collect()
         essential = [(program, status) for program, status in dead if program["essential"]]
         self._tell_death(*min(essential, key=lambda one: self.config["programs"].index(one[0])))
         return True
