@@ -7,7 +7,9 @@ import asyncio
 import base64
 import io
 import os
+import re
 import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -108,6 +110,15 @@ async def test_a_trainer_of_the_public_protocol_resets_takes_five_steps_and_read
 def pictures(messages: list[dict[str, Any]]) -> list[bytes]:
     parts = [part for message in messages for part in message["content"] if part["type"] == "image"]
     return [base64.b64decode(part["b64"]) for part in parts]
+
+
+async def test_the_snippet_of_the_readme_saves_a_picture_of_chromiums_window(tmp_path: Path) -> None:
+    readme = (Path(__file__).parent.parent / "README.md").read_text()
+    (snippet,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    async with daemon(tmp_path / "state", env=LOCAL) as (served, _):
+        (tmp_path / "try.py").write_text(snippet.replace("http://127.0.0.1:15001", served.url))
+        await anyio.run_process([sys.executable, "try.py"], cwd=tmp_path)
+    assert is_chromium_window((tmp_path / "desktop.png").read_bytes())
 
 
 async def test_the_first_observation_shows_chromiums_window(tmp_path: Path) -> None:
