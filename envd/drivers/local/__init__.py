@@ -38,6 +38,7 @@ from typing import IO, TYPE_CHECKING, Any, ClassVar, Self
 from weakref import WeakValueDictionary
 
 import anyio
+import anyio.abc
 
 from ...errors import BootFailed, InfraError, StartError
 from ...models import Endpoints
@@ -72,7 +73,7 @@ class LocalDriver(Driver):
         self._view: list[str] = []
         self._desktops: dict[str, _Desktop] = {}
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._watchers = anyio.create_task_group()
+        self._watchers: anyio.abc.TaskGroup
 
     async def __aenter__(self) -> Self:
         """Raises MissingDependency for a missing package, StartError where the kernel forbids the sandbox."""
@@ -81,7 +82,7 @@ class LocalDriver(Driver):
         if self._sandboxed:
             self._view = await anyio.to_thread.run_sync(lambda: sandbox.view_of_host(self._root, hide=self._state_dir))
             await self._try_sandbox()
-        await self._watchers.__aenter__()
+        self._watchers = await anyio.create_task_group().__aenter__()
         return self
 
     async def __aexit__(
