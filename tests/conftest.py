@@ -1,6 +1,7 @@
-"""The interpreters that process tests run on: the one that runs the tests, and one from the other side of 3.12.
+"""For every test: nothing in envd may block the event loop, and log lines go where pytest shows them.
 
-Since Python 3.12 a server that closes waits for its open connections, so the way out has to be seen on both sides.
+And the interpreters that process tests run on: the one that runs the tests, and one from the other side of 3.12. Since
+Python 3.12 a server that closes waits for its open connections, so the way out has to be seen on both sides.
 """
 
 from __future__ import annotations
@@ -15,10 +16,34 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import structlog
+from blockbuster import blockbuster_ctx
 
 ROOT = Path(__file__).parent.parent
 WATERSHED = (3, 12)
 OLDEST = (3, 11)
+
+
+@pytest.fixture(autouse=True)
+def nothing_blocks_the_loop() -> Iterator[None]:
+    """A call from envd that blocks while a loop runs raises BlockingError there; ruff sees only the plainest of
+    them."""
+    with blockbuster_ctx("envd"):
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def logs_are_captured() -> None:
+    """Without this structlog prints, and looks up source files for its tracebacks, which blocks."""
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.format_exc_info,
+            structlog.stdlib.render_to_log_kwargs,
+        ],
+        wrapper_class=structlog.stdlib.BoundLogger,
+        logger_factory=structlog.stdlib.LoggerFactory(),
+    )
 
 
 @pytest.fixture(scope="session")

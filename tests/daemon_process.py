@@ -20,6 +20,8 @@ from typing import Any, Literal
 
 import aiohttp
 
+from envd.daemon import bound, locked
+
 Kind = Literal["serve", "hypercorn", "hypercorn in-process"]
 
 TO_START = 30.0
@@ -134,6 +136,15 @@ class DaemonProcess:
             code = await self.process.wait()
             await self._reader
         return code
+
+    async def left_nothing_taken(self) -> bool:
+        """Whether another daemon could take its port and its state directory now. Raises StartError if not."""
+
+        def take() -> bool:
+            with locked(self.state_dir), bound("127.0.0.1", int(self.url.rpartition(":")[2])):
+                return True
+
+        return await asyncio.to_thread(take)
 
     async def kill(self) -> None:
         """For the end of a test, whatever came of it: the process group dies."""

@@ -13,8 +13,6 @@ from pathlib import Path
 import pytest
 from daemon_process import CRASH, DRIVER, Kind, daemon, ended_job, reset, start, watch
 
-from envd.daemon import bound, locked
-
 KINDS: list[Kind] = ["hypercorn", "hypercorn in-process"]
 CRASHED = {"hypercorn": 0, "hypercorn in-process": 70}
 """Exit codes. Hypercorn 0.18 forgets how its only child ended."""
@@ -60,8 +58,8 @@ async def test_a_signal_ends_everything_within_five_seconds(
         assert time.monotonic() - told < TO_EXIT
         assert [b"event: server-shutdown" in body for body in await asyncio.gather(*streams)] == [True] * 10
         assert (await poll).status in (200, 503)
-        with locked(process.state_dir), bound("127.0.0.1", int(process.url.rpartition(":")[2])):
-            half.close()
+        assert await process.left_nothing_taken()
+        half.close()
         assert "Traceback" not in process.text
 
 

@@ -33,12 +33,6 @@ async def ask(session: aiohttp.ClientSession, method: str, url: str, body: Any =
         return answer.status, await answer.json(content_type=None)
 
 
-def is_free(process: DaemonProcess) -> bool:
-    """Whether another daemon could take its port and its state directory now. Raises StartError if not."""
-    with locked(process.state_dir), bound("127.0.0.1", int(process.url.rpartition(":")[2])):
-        return True
-
-
 async def connect(process: DaemonProcess, request: bytes = b"") -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
     reader, writer = await asyncio.open_connection("127.0.0.1", int(process.url.rpartition(":")[2]))
     writer.write(request)
@@ -98,7 +92,7 @@ async def test_a_signal_ends_everything_within_five_seconds(
         status, problem = await crowd.legacy
         assert (status, problem["code"], problem["retryable"]) == (503, "draining", True)
         assert took < TO_EXIT
-        assert is_free(process)
+        assert await process.left_nothing_taken()
         assert "Traceback" not in process.text
         assert process.records()[-1]["event"] == "stopped"
 
@@ -168,7 +162,7 @@ async def test_a_crash_of_the_queue_ends_the_process_and_its_desktops(tmp_path: 
         assert await process.ended() == 70
         assert list(made.iterdir()) == []
         assert b"server-shutdown" in await stream
-        assert is_free(process)
+        assert await process.left_nothing_taken()
         last = process.records()[-1]
         assert last["level"] == "error"
         assert "injected" in str(last["exception"])
