@@ -77,6 +77,8 @@ class Service:
             self._running = False
             with anyio.move_on_after(CLEAR_LIMIT, shield=True):
                 await self.fleet.clear()
+            if left := [desktop.id for desktop in self.fleet.desktops()]:
+                logger.error("desktops could not be removed in time; the next start removes them", desktop_ids=left)
 
     async def drain(self) -> None:
         """Take no new work, wake whoever waits, let running steps finish for a moment, cancel the jobs, end the

@@ -7,11 +7,12 @@ a removal that fails is tried again until the driver confirms it.
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import aiohttp
 import anyio
@@ -27,6 +28,8 @@ from ..settings import Settings
 from .probes import Readiness
 
 logger = structlog.get_logger(__name__)
+
+T = TypeVar("T")
 
 REMOVE_TRY = 60.0
 """Seconds that one call of `driver.destroy` may take."""
@@ -78,10 +81,10 @@ class Fleet:
 
     async def run(self, started: anyio.Event) -> None:
         """Host the monitors and removals. First removes what an earlier life of this daemon left behind."""
-        await self._sweep()
         try:
             async with anyio.create_task_group() as tasks:
                 self._tasks = tasks
+                await self._sweep()
                 started.set()
                 await anyio.sleep_forever()
         finally:
@@ -126,24 +129,25 @@ class Fleet:
         try:
             with anyio.fail_after(self._settings.ready_timeout):
                 spec = InstanceSpec(desktop.id, self._settings.screen, watcher.job_id)
-                endpoints = await self.driver.create(spec, watcher.progress)
+                endpoints = await self._ask(self.driver.create(spec, watcher.progress))
                 phases["create"] = round(time.monotonic() - began, 3)
                 watcher.phase("ready", desktop.id)
                 readiness = self._readiness(endpoints, watcher)
                 await self._until_ready(desktop.id, readiness, watcher, began)
-        except BaseException as error:
-            self.retire(desktop.id, "its boot ended early")
-            if isinstance(error, EnvdError | TimeoutError):
-                raise await self._explain(error, desktop.id, phases, readiness, began) from error
-            raise
-        entry.desktop = desktop.model_copy(
-            update={
+            now_ready = {
                 "state": DesktopState.READY,
                 "endpoints": endpoints,
                 "ready_at": time.time(),
                 "chrome_cdp": True,
             }
-        )
+            entry.desktop = desktop.model_copy(update=now_ready)
+        except (EnvdError, TimeoutError) as error:
+            entry.desktop = desktop.model_copy(update={"state": DesktopState.REMOVING})
+            raise await self._explain(error, desktop.id, phases, readiness, began) from error
+        finally:
+            if entry.desktop.state is not DesktopState.READY:
+                # Only now: the instance's log, which explains the failure, goes with the instance.
+                self.retire(desktop.id, "its boot ended early")
         if self._tasks is not None:
             self._tasks.start_soon(self._monitor, entry)
         seconds = round(time.monotonic() - began, 3)
@@ -218,8 +222,29 @@ class Fleet:
 
     async def _log_tail(self, desktop_id: str) -> tuple[str, ...]:
         with anyio.move_on_after(2):
-            return tuple(line[:LOG_LINE] for line in await self.driver.log_tail(desktop_id))
+            try:
+                return tuple(line[:LOG_LINE] for line in await self._ask(self.driver.log_tail(desktop_id)))
+            except EnvdError as error:
+                logger.warning("cannot read the instance's log", desktop_id=desktop_id, error=error.detail)
         return ()
+
+    async def _ask(self, call: Awaitable[T]) -> T:
+        """What the driver answers. Raises EnvdError whatever the driver raises: the boundary to the drivers.
+
+        Also when the call was cancelled from inside, by nobody here: that would end the task that waits for it, and
+        so its job, without a word.
+        """
+        try:
+            return await call
+        except EnvdError:
+            raise
+        except asyncio.CancelledError as error:
+            if is_cancelled():
+                raise
+            failure: BaseException = error
+        except Exception as error:  # noqa: BLE001 - drivers call libraries that raise what they like
+            failure = error
+        raise InfraError(f"The {self.driver.name} driver failed: {failure!r}.") from failure
 
     # -- handing out --------------------------------------------------------------------------------------------
 
@@ -310,9 +335,9 @@ class Fleet:
         pause = 0.5
         while True:
             try:
-                return await self.driver.wait(desktop_id)
-            except Exception as error:  # noqa: BLE001 - the boundary to the drivers; the watch must not end
-                logger.warning("cannot watch the instance", desktop_id=desktop_id, error=repr(error))
+                return await self._ask(self.driver.wait(desktop_id))
+            except EnvdError as error:
+                logger.warning("cannot watch the instance", desktop_id=desktop_id, error=error.detail)
                 await anyio.sleep(pause)
                 pause = min(pause * 2, 30)
 
@@ -336,10 +361,17 @@ class Fleet:
             await entry.gone.wait()
 
     async def clear(self) -> None:
-        """Destroy every desktop, each within `REMOVE_TRY`; for the end of the daemon, when `run` runs no more."""
+        """Destroy every desktop, each within `REMOVE_TRY`; for the end of the daemon, when `run` runs no more.
+
+        `desktops` has those that are left.
+        """
         async with anyio.create_task_group() as tasks:
-            for entry in tuple(self._entries.values()):
-                tasks.start_soon(self._try_destroy, entry.desktop.id)
+            for desktop_id in tuple(self._entries):
+                tasks.start_soon(self._clear, desktop_id)
+
+    async def _clear(self, desktop_id: str) -> None:
+        if await self._try_destroy(desktop_id):
+            del self._entries[desktop_id]
 
     async def _remove(self, entry: _Entry, why: str) -> None:
         desktop = entry.desktop
@@ -358,9 +390,9 @@ class Fleet:
     async def _try_destroy(self, desktop_id: str) -> bool:
         try:
             with anyio.fail_after(REMOVE_TRY):
-                await self.driver.destroy(desktop_id)
-        except Exception as error:  # noqa: BLE001 - the boundary to the drivers; a removal is never given up
-            detail = error.detail if isinstance(error, EnvdError) else repr(error)
+                await self._ask(self.driver.destroy(desktop_id))
+        except (EnvdError, TimeoutError) as error:
+            detail = error.detail if isinstance(error, EnvdError) else f"no answer within {REMOVE_TRY:g} s."
             self._events.publish(
                 "note", desktop_id=desktop_id, message=f"The desktop could not be removed yet: {detail}"
             )
@@ -368,7 +400,22 @@ class Fleet:
         return True
 
     async def _sweep(self) -> None:
-        """Remove every instance that carries our mark: nobody alive knows it."""
-        for desktop_id in await self.driver.list():
+        """Remove every instance that carries our mark: nobody alive knows it. What resists does not hold up the
+        start, and is tried again as every removal is."""
+        found = await self._ask(self.driver.list())
+        for desktop_id in found:
+            left = Desktop(
+                id=desktop_id, provider=self.driver.name, state=DesktopState.REMOVING, created_at=time.time()
+            )
+            self._entries[desktop_id] = _Entry(left)
             self._events.publish("note", desktop_id=desktop_id, message="Removing a desktop of an earlier life")
-            await self._try_destroy(desktop_id)
+            self.retire(desktop_id, "an earlier life of this daemon left it behind")
+        with anyio.move_on_after(REMOVE_TRY):
+            for desktop_id in found:
+                await self.gone(desktop_id)
+
+
+def is_cancelled() -> bool:
+    """Whether somebody asked the current task to stop: else a CancelledError is one that a library leaked."""
+    task = asyncio.current_task()
+    return task is None or task.cancelling() > 0
