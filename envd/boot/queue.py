@@ -5,18 +5,19 @@
        └──────────┴─────────────┴──▶ failed | cancelled        (superseded, expired: only from queued)
 
 * Per env at most one job runs and one waits. An identical reset joins the one that runs or waits; another one takes
-the place in
-  line of the one that waits, which ends superseded.
+  the place in line of the one that waits, which ends superseded.
 * A job belongs to no request: whoever waits for it may leave.
 * A boot knows nothing of tasks. When its job is cancelled, the next waiting job inherits it; only without an heir is
-it torn down.
+  it torn down.
 * The slot is free again when the desktop is ready, or when a failed one is confirmed gone; set-up runs outside of it.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
+import math
 import secrets
 import time
 from collections.abc import Awaitable, Callable
@@ -31,11 +32,11 @@ from anyio.abc import TaskGroup
 from ..drivers.base import Traits
 from ..errors import Draining, EnvdError, InternalError, JobExpired, QueueFull, UnknownJob
 from ..events import EventLog
-from ..models import Desktop, Job, JobKind, JobState, Phase, Probe, ResetPath
+from ..models import Desktop, DesktopState, Job, JobKind, JobState, Phase, Probe, ResetPath
 from ..settings import Settings
 from ..store import Store
 from .estimates import Estimates
-from .fleet import Fleet
+from .fleet import Fleet, is_cancelled
 
 logger = structlog.get_logger(__name__)
 
@@ -120,9 +121,8 @@ class _Boot:
     def pass_on(self, heir: _Ticket) -> None:
         """Serve `heir` from here on, as if the boot had been begun for it."""
         self.ticket = heir
-        self._queue._enter_phase(
-            heir, self._phase_name, desktop_id=self.desktop_id, probes=tuple(self._probes.values())
-        )
+        if self.desktop_id:
+            self._queue._enter_phase(heir, self._phase_name, desktop_id=self.desktop_id, **self._tried())
         self.note("This job inherited a boot that was under way for a job that was cancelled.")
 
 
@@ -218,19 +218,23 @@ class BootQueue:
         return ticket.job
 
     def _cancel_boot(self, boot: _Boot) -> None:
-        ticket = boot.ticket
-        self._running.remove(ticket)
-        heir = self._next_eligible()
-        self._running.append(ticket)
+        ticket, heir = boot.ticket, self._heir_of(boot)
         if heir is None:
             boot.scope.cancel()
             return
         self._start(heir)
         boot.pass_on(heir)
         self._end(ticket, JobState.CANCELLED)
-        if heir.job.env is not None and (old := self._stage.vacate(heir.job.env, heir.job)):
-            self._fleet.retire(old, "its env was reset")
+        self._vacate(heir)
         self._renumber()
+
+    def _heir_of(self, boot: _Boot) -> _Ticket | None:
+        """Who takes the boot over; nobody wants one that has failed and is being cleared away."""
+        if boot.desktop_id:
+            desktop = self._fleet.get(boot.desktop_id)
+            if desktop is None or desktop.state is not DesktopState.BOOTING:
+                return None
+        return self._next_eligible(leaving=boot.ticket)
 
     # -- looking ------------------------------------------------------------------------------------------------
 
@@ -274,13 +278,14 @@ class BootQueue:
             return round(set_up, 1)
         if boot is None:
             return None
-        remaining = [self.estimates.rest_of_boot(time.monotonic() - b.began) or 0.0 for b in self._boots]
         if job.state is JobState.BOOTING:
             mine = next((b for b in self._boots if b.ticket.job.id == job.id), None)
             rest = self.estimates.rest_of_boot(time.monotonic() - mine.began) if mine else 0.0
             return round((rest or 0.0) + set_up, 1)
-        turns = (job.position or 1) / self._traits.boot_width
-        return round(min(remaining, default=0.0) + turns * boot + set_up, 1)
+        remaining = [self.estimates.rest_of_boot(time.monotonic() - b.began) or 0.0 for b in self._boots]
+        slot_free = 0.0 if len(remaining) < self._traits.boot_width else min(remaining)
+        turns = math.ceil((job.position or 1) / self._traits.boot_width)
+        return round(slot_free + turns * boot + set_up, 1)
 
     def _patience(self) -> float:
         """When to ask again, in seconds: about one boot."""
@@ -308,7 +313,9 @@ class BootQueue:
     def close(self) -> None:
         """Take no new work and cancel what waits, then what runs; `idle` waits for the ends."""
         self._closed = True
-        for ticket in (*tuple(self._waiting), *tuple(self._running)):
+        # From the back, so that nobody moves up in a line that is being dissolved: with a thousand waiting, half a
+        # million changes of position.
+        for ticket in (*reversed(self._waiting), *tuple(self._running)):
             self.cancel(ticket.job.id)
 
     async def idle(self) -> None:
@@ -331,9 +338,9 @@ class BootQueue:
         """Whether what a prewarm asks for is there already."""
         return ticket.job.kind is JobKind.PREWARM and self._fleet.spares > 0
 
-    def _next_eligible(self) -> _Ticket | None:
-        """The first in line whose env has no job running."""
-        busy = {ticket.job.env for ticket in self._running if ticket.job.env is not None}
+    def _next_eligible(self, leaving: _Ticket | None = None) -> _Ticket | None:
+        """The first in line whose env has no job running, other than the one that is `leaving`."""
+        busy = {ticket.job.env for ticket in self._running if ticket.job.env is not None and ticket is not leaving}
         return next((ticket for ticket in self._waiting if ticket.job.env not in busy), None)
 
     def _start(self, ticket: _Ticket) -> None:
@@ -349,7 +356,9 @@ class BootQueue:
         """The boundary of one job: a mistake in it fails that job alone."""
         try:
             await work()
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
+            if isinstance(error, asyncio.CancelledError) and is_cancelled():
+                raise
             ticket = holder.ticket if isinstance(holder, _Boot) else holder
             logger.exception("a job broke", job_id=ticket.job.id)
             self._end(ticket, JobState.FAILED, error=InternalError(f"The daemon made a mistake: {error!r}"))
@@ -369,35 +378,46 @@ class BootQueue:
 
     async def _boot_in_slot(self, boot: _Boot) -> tuple[Desktop | None, EnvdError | None]:
         """A desktop, or none and why; none and None when the boot was cancelled."""
-        await self._vacate(boot.ticket, wait=not self._traits.make_before_break)
+        desktop: Desktop | None = None
         failure: EnvdError | None = None
-        with boot.scope:
-            try:
-                return await self._fleet.boot(boot), None
-            except EnvdError as error:
-                failure = error
-        # The slot is held until the instance is confirmed gone: the next boot would have to share this host with it.
-        await self._fleet.gone(boot.desktop_id)
-        return None, failure
+        try:
+            with boot.scope:
+                if not boot.scope.cancel_called:
+                    self._vacate(boot.ticket)
+                    await self._room_for(boot)
+                    desktop = await self._fleet.boot(boot)
+        except EnvdError as error:
+            failure = error
+        finally:
+            if desktop is None:
+                # The slot is held until the instance is confirmed gone: the next boot would share this host with it.
+                await self._fleet.gone(boot.desktop_id)
+        return desktop, failure
 
     async def _finish(self, ticket: _Ticket, desktop: Desktop | None, path: ResetPath) -> None:
         """From a clean desktop to the job's end."""
-        if ticket.job.kind is JobKind.PREWARM or ticket.job.env is None:
+        if ticket.job.cancel_requested:
+            if desktop is not None:
+                self._fleet.retire(desktop.id, "its job was cancelled")
+                await self._fleet.gone(desktop.id)
+            self._end(ticket, JobState.CANCELLED)
+        elif ticket.job.env is None:
             if desktop is not None:
                 self._fleet.keep(desktop)
             self._end(ticket, JobState.SUCCEEDED)
-            return
+        else:
+            assert desktop is not None
+            await self._play(ticket, desktop, ticket.job.env, path)
+
+    async def _play(self, ticket: _Ticket, desktop: Desktop, env: int, path: ResetPath) -> None:
         if path is ResetPath.SPARE:
-            await self._vacate(ticket, wait=False)
-        assert desktop is not None
+            self._vacate(ticket)
         began = time.monotonic()
         episode_id, failure = None, None
         try:
             with anyio.CancelScope() as ticket.work:
-                if ticket.job.cancel_requested:
-                    ticket.work.cancel()
                 try:
-                    episode_id = await self._set_up(ticket, desktop, ticket.job.env, path)
+                    episode_id = await self._set_up(ticket, desktop, env, path)
                 except EnvdError as error:
                     failure = error
         finally:
@@ -415,15 +435,18 @@ class BootQueue:
         self._enter_phase(ticket, "set_up", state=JobState.SETTING_UP, desktop_id=desktop.id, reset_path=path)
         return await self._stage.begin(ticket.job, ticket.reset, desktop, lambda name: self._enter_phase(ticket, name))
 
-    async def _vacate(self, ticket: _Ticket, *, wait: bool) -> None:
-        """Take the env's old desktop away; a provider without room for two waits until it is gone."""
-        if ticket.job.env is None:
-            return
-        old = self._stage.vacate(ticket.job.env, ticket.job)
-        if old is not None:
+    def _vacate(self, ticket: _Ticket) -> None:
+        """Begin to take the env's old desktop away."""
+        if ticket.job.env is not None and (old := self._stage.vacate(ticket.job.env, ticket.job)):
             self._fleet.retire(old, "its env was reset")
-            if wait:
-                await self._fleet.gone(old)
+
+    async def _room_for(self, boot: _Boot) -> None:
+        """For a provider without room for two desktops of an env: return when its old ones are gone."""
+        while not self._traits.make_before_break and (old := self._old_desktop(boot.ticket.job.env)):
+            await self._fleet.gone(old.id)
+
+    def _old_desktop(self, env: int | None) -> Desktop | None:
+        return next((desktop for desktop in self._fleet.desktops() if env is not None and desktop.env == env), None)
 
     def _abandon(self, ticket: _Ticket, failure: EnvdError | None) -> None:
         """End a job that has no desktop: because of `failure`, else because it was cancelled."""
@@ -436,12 +459,13 @@ class BootQueue:
         """End jobs that waited too long, whatever the consumer is busy with."""
         while True:
             now = time.monotonic()
-            for ticket in [t for t in self._waiting if t.expires <= now]:
-                self._waiting.remove(ticket)
+            late = [t for t in self._waiting if t.expires <= now]
+            self._waiting = [t for t in self._waiting if t not in late]
+            for ticket in late:
                 waited = time.time() - ticket.job.created_at
                 error = JobExpired(f"The job waited {waited:.0f} s for its turn and was never booted.")
                 self._end(ticket, JobState.EXPIRED, error=error)
-                self._renumber()
+            self._renumber()
             soonest = min((t.expires for t in self._waiting), default=now + 3600)
             with anyio.move_on_after(max(0.0, soonest - now)):
                 await self._wake.wait()
