@@ -27,6 +27,8 @@ log = logging.getLogger("envd.agent")
 
 _PREPARE_AFTER = 1.0
 """Seconds to wait for a first request; usually somebody is asking already whether the desktop is up."""
+_WARM_AFTER = 1.0
+"""Seconds from then until the warm interpreter is started; a program that comes before starts it."""
 
 
 class Agent:
@@ -71,6 +73,8 @@ class Agent:
         """Get ready what the first picture and the first click need, out of the way of the first answer."""
         await asyncio.wait([asyncio.ensure_future(self.answered.wait())], timeout=_PREPARE_AFTER)
         self.screen.prepare()
+        # Half a second of processor time, which the browser needs more while the desktop comes up.
+        await asyncio.sleep(_WARM_AFTER)
         await self.warm.prepare()
 
     def kill(self) -> None:
