@@ -41,6 +41,7 @@ from .models import (
     ActionOutcome,
     ActionResult,
     Desktop,
+    DesktopState,
     EndReason,
     Env,
     EnvState,
@@ -170,6 +171,10 @@ class Envs:
             return await self._picture(guest)
 
         picture, size = await self._while_alive(desktop.id, prepare)
+        # It may have died after its last answer and before this line, when nothing tied it to the env yet.
+        now = self._fleet.get(desktop.id)
+        if now is None or now.state is not DesktopState.IN_USE:
+            raise _lost(desktop.id)
         instruction = str(reset.task.get("instruction") or "")
         episode = Episode(
             id=f"ep-{secrets.token_hex(6)}",
@@ -397,11 +402,7 @@ class Envs:
         if failure is not None:
             raise failure
         if not outcome:
-            raise DesktopLost(
-                f"The desktop {desktop_id} died or was taken away in the middle of the call.",
-                hint="Reset the env. What was sent to the guest may have run; it is not sent again.",
-                desktop_id=desktop_id,
-            )
+            raise _lost(desktop_id)
         return outcome[0]
 
     def _desktop_lost(self, desktop: Desktop, reason: str) -> None:
@@ -427,3 +428,11 @@ class Envs:
     def _tell(self, slot: _Slot, kind: str, **data: Any) -> None:
         episode_id = slot.episode.id if slot.episode else None
         self._events.publish(kind, env=slot.id, desktop_id=slot.desktop_id, **{"episode_id": episode_id, **data})
+
+
+def _lost(desktop_id: str) -> DesktopLost:
+    return DesktopLost(
+        f"The desktop {desktop_id} died or was taken away in the middle of the call.",
+        hint="Reset the env. What was sent to the guest may have run; it is not sent again.",
+        desktop_id=desktop_id,
+    )

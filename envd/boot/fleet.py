@@ -33,6 +33,8 @@ T = TypeVar("T")
 
 REMOVE_TRY = 60.0
 """Seconds that one call of `driver.destroy` may take."""
+FIRST_PAUSE = 0.5
+"""Seconds until a driver that could not remove or watch an instance is asked again; then twice as long, and so on."""
 LOG_LINE = 300
 """Characters of a line of the instance's log that a failed boot is told with."""
 CDP_LOOK = 1.0
@@ -332,7 +334,7 @@ class Fleet:
 
     async def _death(self, desktop_id: str) -> Death:
         """`driver.wait`, asked again when asking failed: that the provider cannot be reached kills no desktop."""
-        pause = 0.5
+        pause = FIRST_PAUSE
         while True:
             try:
                 return await self._ask(self.driver.wait(desktop_id))
@@ -377,7 +379,7 @@ class Fleet:
         desktop = entry.desktop
         entry.monitor.cancel()
         entry.lost.set()
-        pause = 0.5
+        pause = FIRST_PAUSE
         while not await self._try_destroy(desktop.id):
             await anyio.sleep(pause)
             pause = min(pause * 2, 60)
