@@ -1,6 +1,7 @@
 """envd: the server side of computer desktops for agent training.
 
-The public names are loaded when they are first used, so that `import envd` costs nothing in a process that only needs one.
+The public names are loaded when they are first used, so that `import envd` costs nothing in a process that only
+needs one.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """`hypercorn envd.asgi:app`: the same service where hypercorn owns the socket and the signals. `envd serve` is the
 better choice.
 
-The lifespan runs the supervised half. Two things need care here (traps.md, findings 1 and 3): hypercorn would go on
+The lifespan runs the supervised half. Two things need care here: hypercorn would go on
 answering when the queue has died, so this process ends itself then; and it waits for open streams before it ends the
 lifespan, so the streams are ended as soon as it begins to stop. That moment is seen at the task in which hypercorn
 waits for it, since no signal need reach this process: unless it is run with `--workers 0`, hypercorn serves in a

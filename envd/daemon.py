@@ -3,7 +3,7 @@
 The order is the point. Nothing is touched before the state directory is locked and the socket is bound, so a second
 daemon leaves the first one's desktops alone. If either sibling ends by itself the process ends non-zero: HTTP
 without a queue would be a zombie. On the way out the app's own streams are ended *before* hypercorn is told: on
-Python 3.12 and later it waits for open connections for ever (traps.md, finding 1).
+Python 3.12 and later it waits for open connections for ever.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The wire of existing trainers, seen by clients that were written from its description alone.
 
-`Trainer` knows nothing of envd: `requests`, a new connection for each call, and what osworld-facts 1.1 to 1.10 say of
+`Trainer` knows nothing of envd: `requests`, a new connection for each call, and what is published of
 the dialects A, B and C.
 """
 

@@ -321,7 +321,7 @@ predictions = st.lists(calls, max_size=4).map(lambda found: "Action: " + "\n\n".
 @example("Action: type(content='" + "\x01" * (MAX_PREDICTION_BYTES - 30) + "')")
 @example("Action: type(content='" + "<" * (MAX_PREDICTION_BYTES - 30) + "')")
 def test_a_prediction_is_harmless_programs_or_a_prediction_error(prediction: str) -> None:
-    """And the guest agent runs all but the pasting ones in its warm interpreter."""
+    """And the guest agent runs all but the very long ones in its warm interpreter."""
     try:
         planned = plan(prediction)
     except PredictionError:
@@ -330,4 +330,4 @@ def test_a_prediction_is_harmless_programs_or_a_prediction_error(prediction: str
     for step in planned:
         if isinstance(step, Program):
             assert_harmless(step.code)
-            assert is_input_program(step.code) is not ("\nimport pyperclip\n" in step.code)
+            assert is_input_program(step.code) is (len(step.code) <= 65536)

@@ -1,9 +1,14 @@
 """Predictions → typed actions: what upstream's grammar gets right is kept, what it gets wrong is mended.
 
-Numbers in brackets are sections of the facts about upstream.
+Upstream is the parser of the published trainers.
 """
 
 from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -355,3 +360,44 @@ def test_any_text_written_as_the_prompt_asks_is_read_as_meant(text: str, enter: 
 def test_what_is_typed_first_does_not_change_what_comes_next(text: str) -> None:
     found = actions(f"type(content='|{escaped(text)}|')\n\nclick(start_box='(100,200)')")
     assert found == (Type(f"|{text}|"), Click(AT))
+
+
+def test_debians_own_python_reads_the_same() -> None:
+    """Regular expressions differ between the releases of 3.11, and this one is what most daemons run on."""
+    debians = Path("/usr/bin/python3")
+    if not debians.exists():
+        pytest.skip("there is no /usr/bin/python3")
+    said = [
+        "Thought: The button.\nAction: click(start_box='(100,200)')",
+        "Action: type(content='it\\'s a.b(c) # d\\n')  # and enter",
+        "Action: pyautogui.hotkey(key='ctrl+shift t')\n\nAction: scroll(direction='left', start_box='[1, 2]')",
+        'Action: drag(start_box="(1,2)", end_box="<|box_start|>(3,4)<|box_end|>")\n\nwait()',
+        "Action: finished(content='x')",
+        "no action at all",
+    ]
+    script = """
+import json, sys
+from envd.actions.pyautogui import steps
+from envd.actions.uitars import Frame, PredictionError, parse
+def read(text):
+    try:
+        return [getattr(step, "code", step) for step in steps(parse(text, frame=Frame(1920, 1080)))]
+    except PredictionError as error:
+        return str(error)
+print(json.dumps([read(text) for text in json.load(sys.stdin)]))
+"""
+    answers = [
+        json.loads(
+            subprocess.run(
+                [python, "-c", script],
+                input=json.dumps(said),
+                text=True,
+                capture_output=True,
+                check=True,
+                cwd=Path(__file__).parent.parent,
+            ).stdout
+        )
+        for python in (debians, sys.executable)
+    ]
+    assert answers[0] == answers[1]
+    assert [isinstance(answer, list) for answer in answers[0]] == [True] * 5 + [False]

@@ -1,4 +1,4 @@
-"""The conversation as trainers see it: system, prompt, screenshots, the model's turns (osworld-facts 1.3, 1.4, 2.6).
+"""The conversation as trainers see it: system, prompt, screenshots, the model's turns.
 
 A `Dialogue` is the whole history of one episode. All of it goes over the wire again at every step, so an image is
 encoded once, when it is first asked for.
@@ -19,7 +19,7 @@ from typing import Any, Final, Literal, Self
 from envd.actions.uitars import MAX_PIXELS, MIN_PIXELS
 
 SYSTEM_TEXT: Final = "Your are a helpful assistant."
-"""29 characters, misspelt. Models were trained with it (osworld-facts 1.4)."""
+"""29 characters, misspelt. Models were trained with it."""
 
 PLACEHOLDER: Final = "{instruction}"
 PUBLISHED_SHA256: Final = "f1d70d9d71b6048f86c4a1786d972440b106bee129c559d3cedda0a29412e328"
@@ -94,7 +94,7 @@ finished(content='xxx')  # the job is done; content tells the user about it
 {instruction}
 """
 )
-"""Our own words around the interface: the form of the answer and the nine calls (osworld-facts 1.4)."""
+"""Our own words around the interface: the form of the answer and the nine calls."""
 
 
 class Dialogue:
@@ -158,7 +158,7 @@ _BOX: Final = re.compile(r"(start_box|end_box)='(\(\d+,\d+\))'")
 def add_box_token(prediction: str) -> str:
     """A prediction with the tokens around its boxes that models read, and that decoding had taken away.
 
-    As upstream does it (osworld-facts 2.6): only where `Action: ` and `start_box=` occur, only integers without a
+    As upstream does it: only where `Action: ` and `start_box=` occur, only integers without a
     blank between them. The pieces between several `Action: ` are joined by blank lines, and all but the first
     `Action: ` go.
     """

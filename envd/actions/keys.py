@@ -34,7 +34,7 @@ KEYS: Final[frozenset[str]] = frozenset(
 name is lower case."""
 
 ALIASES: Final[Mapping[str, str]] = {
-    # Upstream translates these few, and only when they stand alone (osworld-facts 2.3).
+    # Upstream translates these few, and only when they stand alone.
     "arrowleft": "left",
     "arrowright": "right",
     "arrowup": "up",

@@ -1,4 +1,4 @@
-"""Programs for the guest: typed actions and raw strings → what `python -c` runs there (osworld-facts 2.3 to 2.5).
+"""Programs for the guest: typed actions and raw strings → what `python -c` runs there.
 
 A program that we write is nothing but imports and calls of pyautogui, pyperclip and `time.sleep` with literal
 arguments, in ASCII, so the guest may run it in an interpreter that is already warm. Only texts that no keyboard has
@@ -37,7 +37,7 @@ from envd.actions.uitars import (
 
 
 class Special(StrEnum):
-    """Words that stand where a program could and reach no guest (osworld-facts 4.2)."""
+    """Words that stand where a program could and reach no guest."""
 
     DONE = "DONE"
     WAIT = "WAIT"
@@ -59,8 +59,8 @@ Step = Program | Special
 def steps(prediction: Prediction) -> tuple[Step, ...]:
     """What to do about a prediction, in order: one program per action, or one word.
 
-    `finished` is DONE, `wait` is WAIT, `call_user` and `error_env` are FAIL, whatever was to be clicked before
-    (osworld-facts 1.6); the first of them counts.
+     `finished` is DONE, `wait` is WAIT, `call_user` and `error_env` are FAIL, whatever was to be clicked before
+    ; the first of them counts.
     """
     programs: list[Program] = []
     for action in prediction.actions:
@@ -85,7 +85,7 @@ def step_for_raw(text: str) -> Step:
 # --- programs -----------------------------------------------------------------------------------------------------
 
 PREFIX: Final = "import pyautogui; import time; pyautogui.FAILSAFE = False; "
-"""What every program begins with. The words are upstream's (osworld-facts 4.1), so that guests recognise them."""
+"""What every program begins with. The words are upstream's, so that guests recognise them."""
 
 
 def program_for_raw(code: str) -> str:
@@ -156,7 +156,7 @@ KEY_COST: Final = 0.0015
 WRITE_LIMIT: Final = 20_000
 LESS_THAN_LIMIT: Final = 300
 """How long typing may take. Upstream rests 0.1 s after each key, so that 900 characters outlast the 90 s of the
-controller, and 1200 the 120 s of the guest (osworld-facts 2.4). Here a text that would take longer than
+controller, and 1200 the 120 s of the guest. Here a text that would take longer than
 TYPING_SECONDS rests less: TYPING_SECONDS / length - KEY_COST, which is what pyautogui itself needs for a key (1.34 ms
 measured on Xvfb). Beyond WRITE_LIMIT characters there is nothing left to take away, and the text is pasted; likewise
 beyond LESS_THAN_LIMIT times `<`, each of which is two lines of program."""

@@ -1,6 +1,6 @@
 r"""What a UI-TARS model said, as typed actions: `parse(prediction, frame=...)`.
 
-The grammar is upstream's (osworld-facts 2.1 to 2.4). A prediction that does something sensible upstream does the
+The grammar is upstream's. A prediction that does something sensible upstream does the
 same here; these are the places where upstream fails, or pretends to have acted, and what happens instead:
 
 | model says                                  | upstream                     | here                                   |
@@ -47,7 +47,7 @@ MAX_KEYS: Final = 10
 
 MIN_PIXELS: Final = 3136
 MAX_PIXELS: Final = 2_116_800
-"""The image bounds that clients of this protocol expect (osworld-facts 1.4): 1920×1080 is never made smaller."""
+"""The image bounds that clients of this protocol expect: 1920×1080 is never made smaller."""
 
 
 # --- what a prediction becomes ------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ Input = Click | DoubleClick | Hover | Drag | Hotkey | Press | KeyDown | KeyUp | 
 """What reaches the guest."""
 
 Ending = Wait | Finished | CallUser | ErrorEnv
-"""What does not, and makes everything else in its prediction void (osworld-facts 1.6)."""
+"""What does not, and makes everything else in its prediction void."""
 
 Action = Input | Ending
 
@@ -176,7 +176,7 @@ Action = Input | Ending
 class Prediction:
     """A prediction that parses: at least one action; an `Ending` is the last one.
 
-    `thought` is what the model said before acting, or None. It goes into no program (osworld-facts 2.4).
+    `thought` is what the model said before acting, or None. It goes into no program.
     """
 
     thought: str | None
@@ -239,7 +239,7 @@ class Frame:
             raise ValueError(f"a screen of {self.width}×{self.height} px is too long: at most 200 to 1")
 
     def seen(self) -> tuple[int, int]:
-        """(width, height) of the image as the model sees it (osworld-facts 2.2, `qwen25vl`)."""
+        """(width, height) of the image as the model sees it (the resize of `qwen25vl`)."""
         height, width = smart_resize(self.height, self.width, self.min_pixels, self.max_pixels)
         return width, height
 
@@ -335,10 +335,11 @@ _ARGUMENTS: Final = (
     *("hotkey", "press", "keydown", "keyup", "type", "scroll"),
 )
 _NAMES: Final = (*_ARGUMENTS, *_NO_ARGUMENTS)
-_HEAD: Final = re.compile(r"\s*+(?:[^\W\d]\w*+\s*+\.\s*+)*+([^\W\d]\w*+)\s*+\(")
+# In Debian 12's Python 3.11.2 a possessive group around possessive parts never matches, so the groups here are plain.
+_HEAD: Final = re.compile(r"\s*+(?:[^\W\d]\w*+\s*+\.\s*+)*([^\W\d]\w*+)\s*+\(")
 _BARE: Final = re.compile(rf"\s*+({'|'.join(_NO_ARGUMENTS)})\s*+\Z", re.IGNORECASE)
 _TEXT_HEAD: Final = re.compile(
-    r"\s*+(?:[^\W\d]\w*+\s*+\.\s*+)*+(type|finished)\s*+\(\s*+content\s*+=\s*+(['\"])", re.IGNORECASE
+    r"\s*+(?:[^\W\d]\w*+\s*+\.\s*+)*(type|finished)\s*+\(\s*+content\s*+=\s*+(['\"])", re.IGNORECASE
 )
 
 
@@ -401,7 +402,7 @@ def _is_call(line: str) -> bool:
     return True
 
 
-_COMMENT: Final = re.compile(r"\s*+(?:#[^\n]*+\s*+)*+\Z")
+_COMMENT: Final = re.compile(r"\s*+(?:#[^\n]*+\s*+)*\Z")
 
 
 def _closing(text: str, quote: str) -> int | None:

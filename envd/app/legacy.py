@@ -1,8 +1,8 @@
 """The wire of existing trainers: `/env/reset`, `/env/step`, `/env/evaluate`, `/env/history_messages`, `/health`.
 
-Three dialects are spoken by clients in the field (osworld-facts 1.10 calls them A, B and C); these routes satisfy
-all three at once. What differs from the old servers: a failure is never a 200 with nulls and never a number, but
-`application/problem+json`.
+Three dialects are spoken by clients in the field, here called A (the first), B and C (with `slot_id`); these routes
+satisfy all three at once. What differs from the old servers: a failure is never a 200 with nulls and never a number,
+but `application/problem+json`.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ logger = structlog.get_logger(__name__)
 QUIET_PATHS = frozenset({"/livez", "/readyz", "/health"})
 
 ONE_CALL_EACH = ("/env/", "/health")
-"""Clients of these routes connect anew for each call (osworld-facts 1.1). That they have left hypercorn 0.18 notices
+"""Clients of these routes connect anew for each call. That they have left hypercorn 0.18 notices
 only when its keep-alive time is over, and holds the socket and three tasks until then; told to close, it does so at
 once."""
 

@@ -6,7 +6,7 @@ asking again after that gives 204, which tells an EventSource to stop. When the 
 with `server-shutdown`.
 
 Plain ASGI, since a stream then costs one task and no copies: the publisher never waits for a reader, a reader that
-does not read is cut off, and HTTP/2 is refused because hypercorn has no backpressure there (traps.md, finding 2).
+does not read is cut off, and HTTP/2 is refused because hypercorn has no backpressure there.
 """
 
 from __future__ import annotations

@@ -125,10 +125,10 @@ class Fleet:
             created_at=time.time(),
         )
         entry = self._entries[desktop.id] = _Entry(desktop)
-        watcher.phase("create", desktop.id)
         phases: dict[str, float] = {}
         readiness: Readiness | None = None
         try:
+            watcher.phase("create", desktop.id)
             with anyio.fail_after(self._settings.ready_timeout):
                 spec = InstanceSpec(desktop.id, self._settings.screen, watcher.job_id)
                 endpoints = await self._ask(self.driver.create(spec, watcher.progress))

@@ -5,7 +5,7 @@ screenshot  the guest port gives a picture that decodes, has the expected size a
 chrome_cdp  Chrome answers `/json/version` and lists a page
 
 A try is judged ok, fail (answered, and the answer was not good) or unknown (nothing to judge). A probe passes after
-`NEEDED` successes in a row, since a guest that comes up answers 200, then 500, then 200 for a while (feasibility.md).
+`NEEDED` successes in a row, since a guest that comes up answers 200, then 500, then 200 for a while.
 """
 
 from __future__ import annotations

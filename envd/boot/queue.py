@@ -76,7 +76,7 @@ class _Ticket:
     job: Job
     reset: Reset
     expires: float
-    phase_began: float = field(default_factory=time.monotonic)
+    phase_began: float
     work: anyio.CancelScope | None = None
     changed: anyio.Event = field(default_factory=anyio.Event)
 
@@ -182,7 +182,7 @@ class BootQueue:
         return ticket.job
 
     def _accept(self, kind: JobKind, env: int | None, reset: Reset) -> _Ticket:
-        now = time.time()
+        now, began = time.time(), time.monotonic()
         task_id = reset.task.get("id") or reset.task.get("task_id")
         job = Job(
             id=f"job-{secrets.token_hex(6)}",
@@ -193,7 +193,7 @@ class BootQueue:
             phases=(Phase(name="queue", started_at=now),),
         )
         patience = reset.queue_timeout_s or self._settings.queue_timeout
-        ticket = _Ticket(job, reset, expires=time.monotonic() + patience)
+        ticket = _Ticket(job, reset, expires=began + patience, phase_began=began)
         self._tickets[job.id] = ticket
         self._store.put_job(job)
         return ticket

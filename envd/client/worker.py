@@ -1,6 +1,6 @@
 """The env worker that existing trainers have, without the trainer: same method names, same return shapes, no torch.
 
-It speaks the legacy routes, so it works against the older servers as well (osworld-facts 1.2 to 1.9, dialects A, B
+It speaks the legacy routes, so it works against the older servers as well (dialects A, B
 and C). What differs: a failure of the infrastructure raises a typed error with its cause instead of turning into a
 reward, unless `silent_errors` asks for the old values.
 """

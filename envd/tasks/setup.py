@@ -23,7 +23,7 @@ LONGEST_ID = 200
 LONGEST_SLEEP = 600
 ERRORS_SHOWN = 100
 PLACEHOLDER = re.compile(r"\{(CLIENT_PASSWORD|SCREEN_(?:WIDTH|HEIGHT)(?:_HALF)?)\}")
-"""Upstream fills these in (osworld-facts 5); sent as they are, they would do something else than the task means."""
+"""Upstream fills these in; sent as they are, they would do something else than the task means."""
 
 OPEN_TIMEOUT = 300.0
 """Seconds. The newer guest server answers only when the file's window is there."""
