@@ -10,7 +10,7 @@ fi
 
 needed=(
   # the desktop: X server, window manager, browser, a terminal, fonts
-  xvfb xauth openbox chromium xterm fonts-dejavu-core fonts-liberation
+  xvfb xauth openbox chromium xterm fonts-dejavu-core fonts-liberation fonts-wqy-microhei
   # what runs it and what tasks call in it
   bubblewrap socat wmctrl xdotool xclip x11-xserver-utils xdg-utils
   # the accessibility tree

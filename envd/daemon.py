@@ -269,7 +269,7 @@ def bound(host: str, port: int) -> Iterator[socket.socket]:
             if error.errno == errno.EADDRINUSE:
                 raise AddressInUse(
                     f"Something already listens on {host}:{port}.",
-                    hint=f"See what with `ss -ltnp 'sport = :{port}'`, or choose another port with --port.",
+                    hint=f"`ss -ltnp 'sport = :{port}'` says what; or choose another port with ENVD_PORT or --port.",
                 ) from error
             raise SettingsError(f"Cannot listen on {host}:{port}: {error.strerror}.") from error
         listener.setblocking(False)

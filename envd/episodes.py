@@ -14,7 +14,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import anyio
 from PIL import Image
@@ -23,7 +23,7 @@ from .actions.dialogue import Dialogue, PromptTemplate
 from .actions.pyautogui import Special, Step, step_for_raw, steps
 from .actions.uitars import Frame, PredictionError, parse
 from .boot.fleet import Fleet
-from .boot.queue import Reset
+from .boot.queue import Beginning, Reset
 from .errors import (
     DesktopLost,
     EnvBusy,
@@ -74,7 +74,6 @@ class _Slot:
     dialogue: Dialogue | None = None
     frame: Frame | None = None
     busy: bool = False
-    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ class Envs:
         picture, _ = await self._while_alive(desktop_id, lambda: self._picture(guest))
         return picture
 
-    def evaluate(self, env: int) -> None:
+    def evaluate(self, env: int) -> NoReturn:
         """Raises NoEpisode without an episode, and NotEvaluable with one: this version has no evaluators. Never a
         number."""
         slot = self._with_desktop(env)
@@ -158,7 +157,7 @@ class Envs:
         slot.state, slot.detail, slot.desktop_id = EnvState.RESETTING, f"{job.id} is being served", None
         return desktop_id
 
-    async def begin(self, job: Job, reset: Reset, desktop: Desktop, phase: Callable[[str], None]) -> str:
+    async def begin(self, job: Job, reset: Reset, desktop: Desktop, phase: Callable[[str], None]) -> Beginning:
         assert job.env is not None
         slot = self._slot(job.env)
         guest = self._fleet.guest(desktop)
@@ -192,14 +191,13 @@ class Envs:
         slot.dialogue.saw(picture)
         slot.frame = Frame(*size, **pixels)
         slot.episode, slot.desktop_id, slot.state, slot.detail = episode, desktop.id, EnvState.PLAYING, ""
-        slot.warnings = tuple(warnings)
         self._tell(slot, "episode", state="began", episode_id=episode.id, warnings=warnings, message="episode began")
-        return episode.id
+        return Beginning(episode.id, tuple(warnings))
 
     def abandon(self, env: int, job: Job) -> None:
         slot = self._slot(env)
         if slot.state is EnvState.RESETTING:
-            slot.state, slot.detail, slot.desktop_id = EnvState.EMPTY, f"{job.id} gave it no desktop", None
+            slot.state, slot.detail, slot.desktop_id = EnvState.EMPTY, f"{job.id} ended {job.state}", None
 
     # -- steps --------------------------------------------------------------------------------------------------
 

@@ -326,10 +326,11 @@ class NotEvaluable(TaskError):
     status = 501
 
 
-def _classes(root: type[EnvdError]) -> dict[str, type[EnvdError]]:
+def error_classes(root: type[EnvdError] = EnvdError) -> dict[str, type[EnvdError]]:
+    """Every class of the tree by its code."""
     found = {root.code: root}
     for child in root.__subclasses__():
-        found |= _classes(child)
+        found |= error_classes(child)
     return found
 
 
@@ -340,6 +341,6 @@ def from_problem(problem: Problem) -> EnvdError:
         Fault.CAPACITY: CapacityError,
         Fault.TASK: TaskError,
     }.get(problem.fault, InfraError)
-    cls = _classes(EnvdError).get(problem.code, fallback)
+    cls = error_classes().get(problem.code, fallback)
     facts = dict(problem.model_extra or {})
     return cls(problem.detail, hint=problem.hint, retry_after=problem.retry_after, **facts)

@@ -137,8 +137,21 @@ class EventLog:
             facts |= {"state": str(event.job.state)}
             if event.job.error is not None:
                 facts |= {"code": event.job.error.code, "detail": event.job.error.detail}
-        write = logger.debug if event.kind in QUIET else logger.info
-        message = str(event.data.get("message") or event.kind)
-        write(
-            message, kind=event.kind, **facts, **{k: v for k, v in event.data.items() if k not in ("message", *facts)}
-        )
+        write = logger.debug if event.kind in QUIET else logger.warning if _is_trouble(event) else logger.info
+        rest = {key: value for key, value in event.data.items() if key not in ("message", *facts)}
+        write(_sentence(event), kind=event.kind, **facts, **rest)
+
+
+def _sentence(event: Event) -> str:
+    if event.kind == "state" and event.job is not None:
+        return f"{event.job.kind} {event.job.state}"
+    if event.kind == "phase":
+        return f"phase {event.data.get('phase')}"
+    return str(event.data.get("message") or event.kind)
+
+
+def _is_trouble(event: Event) -> bool:
+    """Whether somebody who reads only warnings should see it: a failed job, a lost desktop, a prediction that does not
+    parse, a set-up step whose failure was passed over."""
+    failed = event.kind == "state" and event.job is not None and event.job.error is not None
+    return failed or event.data.get("state") == "lost" or bool(event.data.get("problem") or event.data.get("warnings"))

@@ -58,7 +58,7 @@ class ProbeResult(StrEnum):
 
 
 class Phase(Model):
-    """One stretch of a job: `queue`, `create`, `ready`, `set_up`, `observe`. `seconds` is None while it lasts."""
+    """One stretch of a job: `queue`, `create`, `probe`, `set_up`, `observe`. `seconds` is None while it lasts."""
 
     name: str
     started_at: float
@@ -104,6 +104,8 @@ class Job(Model):
     joined: int = 0
     """How many identical resets joined this one instead of making a job of their own."""
     cancel_requested: bool = False
+    superseded_by: str | None = None
+    """The job that took this one's place."""
     warnings: tuple[str, ...] = ()
     error: Problem | None = None
 

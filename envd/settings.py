@@ -56,7 +56,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid", populate_by_name=True, use_attribute_docstrings=True)
 
     provider: str = Field(default="docker", validation_alias=AliasChoices("PROVIDER", "provider"))
-    """Who makes the desktops: docker, local, aws or sim."""
+    """Who makes the desktops: local or sim in this version; docker and aws are to come."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = Field(default=15001, ge=0, le=65535)
@@ -136,7 +136,7 @@ class Settings(BaseSettings):
         if value not in KNOWN_PROVIDERS:
             near = difflib.get_close_matches(value, KNOWN_PROVIDERS, n=1)
             raise ValueError(
-                f"no such provider{f', did you mean {near[0]}' if near else ''}; there are {', '.join(KNOWN_PROVIDERS)}"
+                f"no such provider{f', did you mean {near[0]}' if near else ''}; this version has local and sim"
             )
         return value
 
@@ -172,7 +172,7 @@ def load(environ: Mapping[str, str] | None = None, env_file: Path | None = Path(
             field = VARIABLES.get(name)
             if field is not None and raw.strip():
                 values[field], origins[field] = raw, origin
-            elif field is None and name.startswith("ENVD_"):
+            elif field is None and (name.startswith("ENVD_") or (source is not environ and _meant(name))):
                 complaints.append(f"{name} ({origin}): no such setting{_did_you_mean(name)}")
     for field, value in arguments.items():
         if value is not None:
@@ -200,16 +200,21 @@ def effective(settings: Settings) -> dict[str, dict[str, Any]]:
     }
 
 
-def _sources(environ: Mapping[str, str], env_file: Path | None) -> list[tuple[str, dict[str, str]]]:
-    sources: list[tuple[str, dict[str, str]]] = []
+def _sources(environ: Mapping[str, str], env_file: Path | None) -> list[tuple[str, Mapping[str, str]]]:
+    sources: list[tuple[str, Mapping[str, str]]] = []
     if env_file is not None and env_file.is_file():
         try:
             parsed = dotenv_values(env_file, interpolate=False)
         except (OSError, ValueError) as error:
             raise SettingsError(f"{env_file} cannot be read: {error}.") from error
         sources.append((str(env_file), {name: value for name, value in parsed.items() if value is not None}))
-    sources.append(("environment", dict(environ)))
+    sources.append(("environment", environ))
     return sources
+
+
+def _meant(name: str) -> bool:
+    """Whether `name` can only be a setting misspelt. Asked of the .env file alone: the environment is everybody's."""
+    return bool(difflib.get_close_matches(name, VARIABLES, n=1, cutoff=0.85))
 
 
 def _did_you_mean(name: str) -> str:

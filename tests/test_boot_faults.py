@@ -255,7 +255,7 @@ async def test_a_create_that_ignores_cancellation_keeps_the_slot_and_leaves_noth
         await still_works(service, driver)
 
 
-@pytest.mark.parametrize("phase", ["create", "ready"])
+@pytest.mark.parametrize("phase", ["create", "probe"])
 async def test_a_boot_that_takes_too_long_says_in_which_phase(tmp_path: Path, phase: str) -> None:
     slow = Behaviour(create_s=3600) if phase == "create" else Behaviour(refuse=True)
     async with running(tmp_path, slow, SLOW, ready_timeout=0.6) as (service, driver):

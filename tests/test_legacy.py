@@ -146,7 +146,9 @@ async def test_a_step_that_ends_the_episode_has_no_messages(prediction: str, for
         trainer = Trainer(served.url, "A")
         await trainer.reset(TASK)
         over = {"env_idx": 0, "obs_messages": None, "is_done": True, "format_reward": format_reward}
-        assert (await trainer.step(prediction)).json() == over
+        answer = (await trainer.step(prediction)).json()
+        assert bool(answer.pop("problem", "")) is (format_reward < 0)
+        assert answer == over
         assert (await trainer.step(CLICK)).json() == over | {"format_reward": 0.0}
         assert served.desktop().inputs == []
         history = (await trainer.history()).json()["history_messages"]
@@ -222,7 +224,7 @@ async def test_a_reset_that_fails_is_a_503_with_its_job(behaviour: Behaviour, co
         response = await Trainer(served.url, "A").reset(task)
         problem = problem_of(response)
         assert (response.status_code, problem["code"], problem["job"]["state"]) == (503, code, "failed")
-        assert int(response.headers["Retry-After"]) >= 1
+        assert (int(response.headers.get("Retry-After", 0)) >= 1) is problem["retryable"]
         _, job = await served.get(problem["job"]["links"]["self"])
         assert job["error"]["code"] == code
         assert (await served.get("/v1/envs/0"))[1]["state"] == "empty"

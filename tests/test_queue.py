@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from envd.boot.queue import Reset
+from envd.boot.queue import Beginning, Reset
 from envd.drivers.sim import Behaviour, SimDriver, boots_in_flight_max
 from envd.errors import Draining, QueueFull, UnknownJob
 from envd.models import DesktopState, Job, JobKind, JobState, ResetPath
@@ -66,7 +66,7 @@ async def test_a_reset_goes_through_its_states_and_gives_an_episode(tmp_path: Pa
         job = service.queue.submit(0, task("a"))
         job = await ended(service, job)
         assert (job.state, job.error, job.reset_path) == (JobState.SUCCEEDED, None, ResetPath.COLD)
-        assert [phase.name for phase in job.phases] == ["queue", "create", "ready", "set_up", "observe"]
+        assert [phase.name for phase in job.phases] == ["queue", "create", "probe", "set_up", "observe"]
         assert all(phase.seconds is not None for phase in job.phases)
         assert {probe.name: probe.passed for probe in job.probes} == {"screenshot": True, "chrome_cdp": True}
         env = service.env(0)
@@ -213,8 +213,8 @@ async def test_a_failed_boot_says_phase_seconds_probes_and_log(tmp_path: Path) -
         assert end.error is not None
         assert (end.error.code, end.error.fault, end.error.retryable) == ("boot_timeout", "infra", True)
         facts = end.error.model_extra or {}
-        assert facts["phase"] == "ready"
-        assert set(facts["phases"]) == {"create", "ready"}
+        assert facts["phase"] == "probe"
+        assert set(facts["phases"]) == {"create", "probe"}
         assert set(facts["probes"]) == {"screenshot", "chrome_cdp"}
         assert isinstance(facts["log"], list)
         assert driver.desktops == {}
@@ -330,7 +330,7 @@ async def test_a_mistake_in_one_job_fails_that_job_alone(tmp_path: Path, monkeyp
     async with running(tmp_path) as (service, _):
         broken = service.envs.begin
 
-        async def begin(job: Job, *rest: Any) -> str:
+        async def begin(job: Job, *rest: Any) -> Beginning:
             if job.task_id == "poison":
                 raise ZeroDivisionError
             return await broken(job, *rest)

@@ -49,7 +49,7 @@ async def test_a_job_that_succeeded_tells_its_story() -> None:
     async with serving() as served:
         job = await served.reset(task={"id": "t-1"}, max_steps=3)
         assert (job["state"], job["error"], job["position"], job["eta_s"]) == ("succeeded", None, None, None)
-        assert [phase["name"] for phase in job["phases"]] == ["queue", "create", "ready", "set_up", "observe"]
+        assert [phase["name"] for phase in job["phases"]] == ["queue", "create", "probe", "set_up", "observe"]
         assert all(phase["seconds"] >= 0 for phase in job["phases"])
         assert {probe["name"]: probe["passed"] for probe in job["probes"]} == {"screenshot": True, "chrome_cdp": True}
         _, env = await served.get("/v1/envs/0")

@@ -15,7 +15,7 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from .. import __version__
-from ..errors import Problem
+from ..errors import Problem, StartError, error_classes
 from ..models import Env, Event, Job, ResetRequest, StepRequest, StepResult
 from . import legacy, v1
 from .sse import EventStream
@@ -87,7 +87,7 @@ def _operation(route: Route, method: str) -> dict[str, Any]:
         content: dict[str, Any] = {"text/event-stream": {}}
     elif path.endswith("/screenshot"):
         content = {"image/png": {}}
-    elif path == "/docs":
+    elif path in ("/docs", "/errors"):
         content = {"text/html": {}}
     else:
         content = {"application/json": {"schema": _ref(model)} if model else {}}
@@ -135,7 +135,7 @@ def _page() -> str:
         f"<pre>{html.escape(json.dumps(schema, indent=2))}</pre></details>"
         for name, schema in sorted(document["components"]["schemas"].items())
     ]
-    return _TEMPLATE.format(version=__version__, routes="".join(sections), schemas="".join(schemas))
+    return _TEMPLATE.format(style=_STYLE, version=__version__, routes="".join(sections), schemas="".join(schemas))
 
 
 def _section(path: str, method: str, operation: dict[str, Any]) -> str:
@@ -155,15 +155,43 @@ def _section(path: str, method: str, operation: dict[str, Any]) -> str:
 
 _TEMPLATE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>envd {version} API</title><style>
-:root {{ color-scheme: light dark; }}
-body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 54rem; margin: 2rem auto; padding: 0 1rem; }}
-h3 {{ margin: 0; font-weight: normal; }} h3 b {{ display: inline-block; min-width: 3.5rem; }}
-section {{ border-top: 1px solid #8886; padding: .8rem 0; }} section p {{ margin: .3rem 0 0; }}
-.facts {{ opacity: .75; font-size: .9rem; }} pre {{ overflow: auto; font-size: .85rem; }}
-</style></head><body><h1>envd {version}</h1>
-<p>As a document: <a href="/openapi.json">/openapi.json</a>. Errors are <code>application/problem+json</code>.</p>
+<title>envd {version} API</title><style>{style}</style></head><body><h1>envd {version}</h1>
+<p>As a document: <a href="/openapi.json">/openapi.json</a>. All error codes: <a href="/errors">/errors</a>.</p>
 <h2>Routes</h2>{routes}<h2>Schemas</h2>{schemas}</body></html>
 """
 
-routes: list[BaseRoute] = [Route("/openapi.json", openapi), Route("/docs", page)]
+
+async def errors(request: Request) -> Response:
+    """Every error code: what it means, its status, whose fault, and whether to try again. `type` of a problem leads
+    here."""
+    return HTMLResponse(_errors_page())
+
+
+@cache
+def _errors_page() -> str:
+    rows = [
+        f"<tr id='{code}'><td><code>{code}</code></td><td>{html.escape(error.title)}</td><td>{error.status}</td>"
+        f"<td>{error.fault}</td><td>{'yes' if error.retryable else 'no'}</td></tr>"
+        for code, error in sorted(error_classes().items())
+        if not issubclass(error, StartError)
+    ]
+    return _ERRORS.format(style=_STYLE, rows="".join(rows))
+
+
+_STYLE = """:root { color-scheme: light dark; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 54rem; margin: 2rem auto; padding: 0 1rem; }
+h3 { margin: 0; font-weight: normal; } h3 b { display: inline-block; min-width: 3.5rem; }
+section { border-top: 1px solid #8886; padding: .8rem 0; } section p { margin: .3rem 0 0; }
+.facts { opacity: .75; font-size: .9rem; } pre { overflow: auto; font-size: .85rem; }
+table { border-collapse: collapse; } td, th { text-align: left; padding: .3rem .8rem .3rem 0; }
+tr { border-top: 1px solid #8886; } tr:target { background: #fc03; }"""
+
+_ERRORS = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<title>envd errors</title><style>{style}</style></head><body><h1>Errors</h1>
+<p>Sent as <code>application/problem+json</code> with <code>code</code>, <code>fault</code>, <code>retryable</code>,
+what happened (<code>detail</code>) and what to do (<code>hint</code>). <a href="/docs">The API</a></p>
+<table><tr><th>code</th><th>meaning</th><th>status</th><th>fault</th><th>try again</th></tr>{rows}</table></body></html>
+"""
+
+routes: list[BaseRoute] = [Route("/openapi.json", openapi), Route("/docs", page), Route("/errors", errors)]

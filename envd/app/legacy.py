@@ -7,6 +7,7 @@ but `application/problem+json`.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +50,15 @@ class LegacyStep(Slot):
     prediction: str
 
 
-def shape(env: int, messages: bytes | None, *, done: bool, format_reward: float) -> Response:
-    """The one answer of reset and step. `messages` is a JSON array, already encoded."""
-    body = b'{"env_idx": %d, "obs_messages": %b, "is_done": %b, "format_reward": %b}' % (
+def shape(env: int, messages: bytes | None, *, done: bool, format_reward: float, problem: str = "") -> Response:
+    """The one answer of reset and step. `messages` is a JSON array, already encoded. `problem` is there only when
+    there is one: clients of every dialect ignore what they do not know."""
+    body = b'{"env_idx": %d, "obs_messages": %b, "is_done": %b, "format_reward": %b%b}' % (
         env,
         messages or b"null",
         b"true" if done else b"false",
         repr(format_reward).encode(),
+        b', "problem": ' + json.dumps(problem).encode() if problem else b"",
     )
     return Response(body, media_type="application/json")
 
@@ -100,7 +103,7 @@ async def _ended(request: Request, job: Job) -> Job:
 def _failure(job: Job) -> Exception:
     if job.error is not None:
         error = from_problem(job.error)
-        error.retry_after = error.retry_after or (5.0 if error.status == 503 else None)
+        error.retry_after = error.retry_after or (5.0 if error.retryable else None)
         error.facts = {**error.facts, "job": _shown(job)}
         return error
     if job.state is JobState.CANCELLED:
@@ -124,18 +127,18 @@ async def step(request: Request) -> Response:
         return shape(asked.slot_id, None, done=True, format_reward=0.0)
     dialogue = service.envs.dialogue(asked.slot_id)
     messages = None if result.done or dialogue is None else dialogue.wire_json()
-    return shape(asked.slot_id, messages, done=result.done, format_reward=result.format_reward)
+    return shape(asked.slot_id, messages, done=result.done, format_reward=result.format_reward, problem=result.problem)
 
 
 async def evaluate(request: Request) -> Response:
     """A bare number or a problem; never a number for a failure."""
     asked = await read_model(request, Slot)
     service_of(request).envs.evaluate(asked.slot_id)
-    raise AssertionError("unreachable")
 
 
 async def history(request: Request) -> Response:
-    """POST: as A and B; GET with `slot_id` in the query: as C, the list under its three names."""
+    """The messages of the current episode. POST takes `slot_id` in the body, GET in the query (the list under its
+    three names)."""
     slot_id = (await read_model(request, Slot)).slot_id if request.method == "POST" else _slot_in_query(request)
     service = service_of(request)
     service.envs.env(slot_id)
@@ -156,7 +159,8 @@ def _slot_in_query(request: Request) -> int:
 
 
 async def health(request: Request) -> Response:
-    """The fields of A, B and C. `status` says that the daemon answers; `/readyz` says whether a reset can be served."""
+    """The fields of all published servers. `status` says that the daemon answers; `/readyz` says whether a reset can
+    be served."""
     service = service_of(request)
     envs = service.all_envs()
     statuses = {str(env.id): "initialized" if env.state is EnvState.PLAYING else "not_initialized" for env in envs}

@@ -47,7 +47,7 @@ class BootWatcher(Protocol):
     job_id: str
 
     def phase(self, name: str, desktop_id: str) -> None:
-        """`create`, then `ready`."""
+        """`create`, then `probe`."""
 
     def probed(self, probe: Probe) -> None: ...
 
@@ -133,7 +133,7 @@ class Fleet:
                 spec = InstanceSpec(desktop.id, self._settings.screen, watcher.job_id)
                 endpoints = await self._ask(self.driver.create(spec, watcher.progress))
                 phases["create"] = round(time.monotonic() - began, 3)
-                watcher.phase("ready", desktop.id)
+                watcher.phase("probe", desktop.id)
                 readiness = self._readiness(endpoints, watcher)
                 await self._until_ready(desktop.id, readiness, watcher, began)
             now_ready = {
@@ -201,7 +201,7 @@ class Fleet:
         readiness: Readiness | None,
         began: float,
     ) -> BootFailed:
-        phase = "ready" if readiness else "create"
+        phase = "probe" if readiness else "create"
         seconds = time.monotonic() - began
         phases[phase] = round(seconds - sum(phases.values()), 3)
         probes = readiness.probes if readiness else {}

@@ -47,11 +47,19 @@ class Stage(Protocol):
     def vacate(self, env: int, job: Job) -> str | None:
         """A reset of `env` begins: end its episode. Returns the id of the desktop it had, which is no longer used."""
 
-    async def begin(self, job: Job, reset: Reset, desktop: Desktop, phase: Callable[[str], None]) -> str:
-        """Set the task up on the clean desktop and take the first observation. Returns the new episode's id."""
+    async def begin(self, job: Job, reset: Reset, desktop: Desktop, phase: Callable[[str], None]) -> Beginning:
+        """Set the task up on the clean desktop and take the first observation."""
 
     def abandon(self, env: int, job: Job) -> None:
         """The reset ended without an episode."""
+
+
+@dataclass(frozen=True, slots=True)
+class Beginning:
+    """An episode that can be played. `warnings` are failures in its set-up that tasks rely on being ignored."""
+
+    episode_id: str
+    warnings: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -413,24 +421,25 @@ class BootQueue:
         if path is ResetPath.SPARE:
             self._vacate(ticket)
         began = time.monotonic()
-        episode_id, failure = None, None
+        began_with: Beginning | None = None
+        failure: EnvdError | None = None
         try:
             with anyio.CancelScope() as ticket.work:
                 try:
-                    episode_id = await self._set_up(ticket, desktop, env, path)
+                    began_with = await self._set_up(ticket, desktop, env, path)
                 except EnvdError as error:
                     failure = error
         finally:
-            if episode_id is None:
+            if began_with is None:
                 self._fleet.retire(desktop.id, "its reset failed")
-        if episode_id is None:
+        if began_with is None:
             await self._fleet.gone(desktop.id)
             self._abandon(ticket, failure)
         else:
             self.estimates.was_set_up(time.monotonic() - began)
-            self._end(ticket, JobState.SUCCEEDED, episode_id=episode_id)
+            self._end(ticket, JobState.SUCCEEDED, episode_id=began_with.episode_id, warnings=began_with.warnings)
 
-    async def _set_up(self, ticket: _Ticket, desktop: Desktop, env: int, path: ResetPath) -> str:
+    async def _set_up(self, ticket: _Ticket, desktop: Desktop, env: int, path: ResetPath) -> Beginning:
         desktop = self._fleet.assign(desktop, env)
         self._enter_phase(ticket, "set_up", state=JobState.SETTING_UP, desktop_id=desktop.id, reset_path=path)
         return await self._stage.begin(ticket.job, ticket.reset, desktop, lambda name: self._enter_phase(ticket, name))
@@ -508,17 +517,15 @@ class BootQueue:
         state: JobState,
         *,
         error: EnvdError | None = None,
-        superseded_by: str | None = None,
-        episode_id: str | None = None,
+        **facts: Any,
     ) -> None:
+        """Give the job its one end. `facts` are fields of it that are known only now."""
         if ticket.job.state.terminal:
             return
-        data = {"superseded_by": superseded_by} if superseded_by else {}
         del self._tickets[ticket.job.id]
-        if ticket in self._running:
+        ran = ticket in self._running
+        if ran:
             self._running.remove(ticket)
-            if state is not JobState.SUCCEEDED and ticket.job.env is not None:
-                self._stage.abandon(ticket.job.env, ticket.job)
         self._update(
             ticket,
             "state",
@@ -529,11 +536,12 @@ class BootQueue:
                 "ahead": 0,
                 "eta_s": None,
                 "phases": self._phases(ticket, None),
-                "episode_id": episode_id,
                 "error": error.problem(f"/v1/jobs/{ticket.job.id}") if error else None,
+                **facts,
             },
-            **data,
         )
+        if ran and state is not JobState.SUCCEEDED and ticket.job.env is not None:
+            self._stage.abandon(ticket.job.env, ticket.job)
         self._stir()
 
     def _publish_state(self, ticket: _Ticket) -> None:
