@@ -36,6 +36,8 @@ class Cdp:
         try:
             async with self._session.get(self.url + path, timeout=limit, allow_redirects=False) as response:
                 body = await read_bounded(response, 4 * 1024 * 1024)
+        except aiohttp.ClientConnectorError as error:
+            raise GuestUnreachable(f"{self.url} refused the connection.") from error
         except (aiohttp.ClientError, TimeoutError) as error:
             raise GuestUnreachable(f"{self.url}{path}: {type(error).__name__} {error}".strip()) from error
         if response.status != 200:
