@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -421,3 +422,21 @@ async def test_a_queue_of_a_thousand_is_closed_and_forgotten_without_stopping_th
         assert service.events.last - before < 2100
         assert {service.queue.get(job.id).state for job in jobs} == {JobState.CANCELLED}
         assert service.queue.active() == service.queue.waiting() == service.queue.booting() == ()
+
+
+async def test_resets_leave_no_task_and_no_open_file_behind(tmp_path: Path) -> None:
+    async with running(tmp_path, envs=2) as (service, driver):
+
+        async def open_things() -> tuple[int, int]:
+            await asyncio.gather(*(ended(service, service.queue.submit(env, task("a"))) for env in range(2)))
+            await removals(service)
+            await asyncio.sleep(0.1)  # for the desktops' own ends of the connections that the probes made
+            return len(asyncio.all_tasks()), len(os.listdir("/proc/self/fd"))
+
+        await open_things()
+        tasks, files = await open_things()
+        for _ in range(5):
+            now = await open_things()
+        assert now[0] <= tasks + 2
+        assert now[1] <= files + 4
+        assert len(driver.desktops) == 2

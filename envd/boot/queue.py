@@ -474,7 +474,8 @@ class BootQueue:
                 waited = time.time() - ticket.job.created_at
                 error = JobExpired(f"The job waited {waited:.0f} s for its turn and was never booted.")
                 self._end(ticket, JobState.EXPIRED, error=error)
-            self._renumber()
+            if late:
+                self._renumber()
             soonest = min((t.expires for t in self._waiting), default=now + 3600)
             with anyio.move_on_after(max(0.0, soonest - now)):
                 await self._wake.wait()

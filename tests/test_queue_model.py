@@ -1,0 +1,474 @@
+"""The boot queue, the fleet and the envs against any order of resets, cancels, deaths and failures.
+
+Hypothesis chooses what is done and when; the loop's clock jumps to the next thing that is due, so that hours pass in
+milliseconds and a run depends on nothing but its choices. Only the two ports of a desktop are stood in for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import selectors
+from collections import Counter
+from collections.abc import Callable, Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace, TracebackType
+from typing import Any, ClassVar, Self, TypeVar, cast
+
+import aiohttp
+import anyio
+import anyio.lowlevel
+import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from PIL import Image
+
+from envd.boot import fleet, queue
+from envd.boot.queue import Reset
+from envd.drivers.base import Death, Driver, InstanceSpec, Report, Traits
+from envd.episodes import Envs
+from envd.errors import BootFailed, Draining, InfraError, QueueFull
+from envd.events import EventLog
+from envd.models import DesktopState, Endpoints, EnvState, Event, Job, JobState, Probe, ProbeResult
+from envd.service import Service
+from envd.settings import Settings
+from envd.store import MemoryStore
+
+T = TypeVar("T")
+
+ENVS = 3
+LIMIT = 4
+READY_TIMEOUT = 50.0
+
+
+class ImpatientSelector(selectors.DefaultSelector):
+    """Waits for nothing: where others would sleep, it moves the clock on."""
+
+    now = 0.0
+
+    def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        found = super().select(0)
+        if not found:
+            assert timeout is not None, "everything waits, and nothing will ever happen"
+            self.now += max(timeout, 0.0)
+        return found
+
+
+class Clockwork(asyncio.SelectorEventLoop):
+    def __init__(self) -> None:
+        self.selector = ImpatientSelector()
+        super().__init__(self.selector)
+
+    def time(self) -> float:
+        return self.selector.now
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What becomes of one instance. Times are seconds; None is never."""
+
+    create_s: float = 1.0
+    create_raises: type[BaseException] | None = None
+    ready_s: float | None = 5.0
+    dies_s: float | None = None
+    destroy_s: float = 0.1
+    destroy_fails: int = 0
+
+
+PLANS = st.builds(
+    Plan,
+    create_s=st.sampled_from([0.0, 1.0, 20.0, 70.0]),
+    create_raises=st.sampled_from(
+        [None, None, None, None, None, BootFailed, OSError, TimeoutError, asyncio.CancelledError]
+    ),
+    ready_s=st.sampled_from([0.0, 5.0, 5.0, 5.0, None]),
+    dies_s=st.sampled_from([None, None, None, 0.0, 3.0, 10.0]),
+    destroy_s=st.sampled_from([0.0, 0.1, 10.0, 50.0]),
+    destroy_fails=st.sampled_from([0, 0, 0, 1, 3]),
+)
+
+
+class Instance:
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.dead = asyncio.Event()
+        self.ready = False
+        self.refusals = plan.destroy_fails
+
+
+class PlannedDriver(Driver):
+    """Instances that are nothing but their plan. `begins` is called with each that is asked for."""
+
+    name = "planned"
+
+    def __init__(self, traits: Traits) -> None:
+        self.traits = traits  # type: ignore[misc]  # of this one instance: each machine has its own
+        self.plans: list[Plan] = []
+        self.instances: dict[str, Instance] = {}
+        self.begins: Callable[[InstanceSpec], None] = lambda spec: None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        return None
+
+    async def create(self, spec: InstanceSpec, report: Report) -> Endpoints:
+        self.begins(spec)
+        instance = self.instances[spec.id] = Instance(self.plans.pop(0) if self.plans else Plan())
+        await asyncio.sleep(instance.plan.create_s)
+        if instance.plan.create_raises is not None:
+            raise instance.plan.create_raises("as planned")
+        if instance.plan.dies_s is not None:
+            asyncio.get_running_loop().call_later(instance.plan.dies_s, instance.dead.set)
+        return Endpoints(guest=spec.id, cdp=spec.id)
+
+    async def destroy(self, instance_id: str) -> None:
+        if instance := self.instances.get(instance_id):
+            await asyncio.sleep(instance.plan.destroy_s)
+            if instance.refusals:
+                instance.refusals -= 1
+                raise InfraError("not yet")
+            instance.dead.set()
+            self.instances.pop(instance_id, None)
+
+    async def list(self) -> frozenset[str]:
+        return frozenset(self.instances)
+
+    async def wait(self, instance_id: str) -> Death:
+        if instance := self.instances.get(instance_id):
+            await instance.dead.wait()
+        return Death("as planned")
+
+    async def log_tail(self, instance_id: str, lines: int = 40) -> tuple[str, ...]:
+        await asyncio.sleep(0)
+        return ("a line",)
+
+
+class PlannedReadiness:
+    """Ready when the plan says so; takes the place of the probes."""
+
+    def __init__(self, driver: PlannedDriver, *, guest: Any, watcher: Any, **how: Any) -> None:
+        self.instance = driver.instances[guest.url]
+        self.watcher = watcher
+        self.probes = {name: Probe(name=name) for name in ("screenshot", "chrome_cdp")}
+
+    async def wait(self) -> None:
+        await anyio.sleep(3600 * 24 if self.instance.plan.ready_s is None else self.instance.plan.ready_s)
+        for name in self.probes:
+            self.probes[name] = Probe(name=name, result=ProbeResult.OK, passed=True, attempts=2)
+            self.watcher.probed(self.probes[name])
+            await anyio.lowlevel.checkpoint()
+        self.instance.ready = True
+
+
+class LivingChrome:
+    def __init__(self, session: Any, url: str) -> None:
+        pass
+
+    async def version(self, timeout: float) -> dict[str, Any]:
+        return {"Browser": "Chrome"}
+
+
+def picture() -> tuple[bytes, tuple[int, int]]:
+    body = io.BytesIO()
+    Image.new("RGB", (320, 240)).save(body, "PNG")
+    return body.getvalue(), (320, 240)
+
+
+class QueueMachine(RuleBasedStateMachine):
+    """Rules act, then let the loop take some turns; the invariants are looked at in between, and at every event."""
+
+    traits: ClassVar[Traits] = Traits(monitor_interval_s=1000)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = Clockwork()
+        self.driver = PlannedDriver(self.traits)
+        self.patch = pytest.MonkeyPatch()
+        clock = SimpleNamespace(monotonic=self.loop.time, time=lambda: 1e9 + self.loop.time())
+        self.patch.setattr(queue, "time", clock)
+        self.patch.setattr(fleet, "time", clock)
+        self.patch.setattr(fleet, "Cdp", LivingChrome)
+        self.patch.setattr(fleet, "Readiness", lambda **how: PlannedReadiness(self.driver, **how))
+        seen = picture()
+
+        async def look(guest: Any) -> tuple[bytes, tuple[int, int]]:
+            await asyncio.sleep(0.5)
+            return seen
+
+        self.patch.setattr(Envs, "_picture", staticmethod(look))
+        self.driver.begins = self.noted(self.boot_begins)
+        self.accepted: list[str] = []
+        self.broken: list[AssertionError] = []
+        self.ends: Counter[str] = Counter()
+        self.last: dict[str, Job] = {}
+        self.closed = False
+        self.run(self.open())
+
+    def run(self, work: Coroutine[Any, Any, Any]) -> Any:
+        return self.loop.run_until_complete(work)
+
+    async def open(self) -> None:
+        chosen = Settings(
+            provider="sim",
+            state_dir=Path("/nonexistent"),
+            envs=ENVS,
+            queue_limit=LIMIT,
+            ready_timeout=READY_TIMEOUT,
+            queue_timeout=2000,
+        )
+        events = EventLog()
+        publish, heard = events.publish, self.noted(self.heard)
+
+        def published(*words: Any, **facts: Any) -> Event:
+            event = publish(*words, **facts)
+            heard(event)
+            return event
+
+        events.publish = published  # type: ignore[method-assign]  # so that each is looked at when it happens
+        session = cast(aiohttp.ClientSession, None)
+        self.service = Service(chosen, self.driver, MemoryStore(), events, session, "model")
+        self.queue, self.fleet, self.envs = self.service.queue, self.service.fleet, self.service.envs
+        started = asyncio.Event()
+        self.core = asyncio.ensure_future(self.service.run(started.set))
+        await started.wait()
+        self.tasks_at_rest = len(asyncio.all_tasks())
+
+    # What happens
+
+    @rule(
+        env=st.integers(0, ENVS - 1),
+        name=st.sampled_from("ab"),
+        seconds=st.sampled_from([0.0, 0.0, 7.0, 60.0]),
+        patience=st.sampled_from([None, None, 3.0, 30.0]),
+    )
+    def reset(self, env: int, name: str, seconds: float, patience: float | None) -> None:
+        config = [{"type": "sleep", "parameters": {"seconds": seconds}}]
+        self.ask(lambda: self.queue.submit(env, Reset({"id": name, "config": config}, queue_timeout_s=patience)))
+
+    @rule()
+    def prewarm(self) -> None:
+        self.ask(self.queue.submit_prewarm)
+
+    def ask(self, submit: Callable[[], Job]) -> None:
+        waiting = len(self.queue.waiting())
+
+        async def asked() -> None:
+            try:
+                job = submit()
+            except Draining:
+                assert self.closed
+            except QueueFull:
+                assert waiting >= LIMIT
+            else:
+                assert not self.closed
+                if job.id not in self.accepted:
+                    self.accepted.append(job.id)
+                else:
+                    assert job.joined > 0
+
+        self.run(asked())
+
+    @precondition(lambda self: self.accepted)
+    @rule(back=st.integers(1, 6), times=st.integers(1, 2))
+    def cancel(self, back: int, times: int) -> None:
+        self.cancel_one(self.accepted[-min(back, len(self.accepted))], times)
+
+    @precondition(lambda self: self.queue.booting())
+    @rule(number=st.integers(0, 2))
+    def cancel_a_boot(self, number: int) -> None:
+        booting = self.queue.booting()
+        self.cancel_one(booting[number % len(booting)].id, 1)
+
+    def cancel_one(self, job_id: str, times: int) -> None:
+        async def cancelled() -> None:
+            for _ in range(times):
+                before = self.queue.get(job_id)
+                after = self.queue.cancel(job_id)
+                assert after == before if before.state.terminal else after.cancel_requested
+
+        self.run(cancelled())
+
+    @precondition(lambda self: self.driver.instances)
+    @rule(number=st.integers(0, 5))
+    def kill(self, number: int) -> None:
+        instances = list(self.driver.instances.values())
+        self.loop.call_soon(instances[number % len(instances)].dead.set)
+
+    @rule(plan=PLANS)
+    def plan(self, plan: Plan) -> None:
+        self.driver.plans.append(plan)
+
+    @rule(turns=st.integers(1, 12))
+    def turn(self, turns: int) -> None:
+        async def turned() -> None:
+            for _ in range(turns):
+                await asyncio.sleep(0)
+
+        self.run(turned())
+
+    @rule(seconds=st.sampled_from([0.3, 1.0, 4.0, 15.0, 100.0]))
+    def advance(self, seconds: float) -> None:
+        self.run(asyncio.sleep(seconds))
+
+    @rule()
+    def rest(self) -> None:
+        self.run(asyncio.sleep(500))
+
+    @precondition(lambda self: len(self.accepted) > 3 and not self.closed)
+    @rule(really=st.sampled_from([False] * 9 + [True]))
+    def close(self, really: bool) -> None:
+        if really:
+            self.closed = True
+
+            async def closed() -> None:
+                self.queue.close()
+
+            self.run(closed())
+
+    # What must hold
+
+    def noted(self, check: Callable[[T], None]) -> Callable[[T], None]:
+        """`check`, called from inside envd: what it finds wrong fails the test, not the job."""
+
+        def checked(fact: T) -> None:
+            try:
+                check(fact)
+            except AssertionError as error:
+                self.broken.append(error)
+
+        return checked
+
+    @invariant()
+    def nothing_was_found_wrong(self) -> None:
+        if self.broken:
+            raise self.broken[0]
+
+    def boot_begins(self, spec: InstanceSpec) -> None:
+        """Invariant 1, and for a provider without room, that the env's old desktop is gone."""
+        booting = [one for one in self.driver.instances.values() if not one.ready]
+        assert len(booting) < self.traits.boot_width, "one boot too many"
+        if not self.traits.make_before_break:
+            envs = {job.env for job in self.queue.booting() if job.desktop_id == spec.id and job.env is not None}
+            assert not [one for one in self.fleet.desktops() if one.env in envs]
+
+    def heard(self, event: Event) -> None:
+        if (job := event.job) is None:
+            return
+        before = self.last.get(job.id)
+        self.last[job.id] = job
+        assert before is None or (job.version > before.version and not before.state.terminal), (before, job)
+        self.ends[job.id] += event.terminal
+        for one, following in zip(job.phases, job.phases[1:], strict=False):
+            assert one.seconds is not None
+            assert one.started_at + one.seconds == pytest.approx(following.started_at, abs=0.002)
+        assert (job.phases[-1].seconds is not None) is job.state.terminal
+        assert len({phase.name for phase in job.phases}) == len(job.phases)
+        assert {probe.name for probe in job.probes} <= {"screenshot", "chrome_cdp"}
+        assert (job.error is not None) is (job.state in (JobState.FAILED, JobState.EXPIRED))
+        assert job.error is None or job.error.code != "internal_error"
+        if event.kind == "state" and job.state is JobState.BOOTING:
+            self.first_in_line(before)
+        if "inherited" in event.data.get("message", "") and job.desktop_id:
+            desktop = self.fleet.get(job.desktop_id)
+            assert desktop is not None
+            assert desktop.state is DesktopState.BOOTING
+
+    def first_in_line(self, starting: Job | None) -> None:
+        """Who starts passes nobody whose env is free."""
+        assert starting is not None
+        assert starting.position is not None
+        for ahead in self.queue.waiting()[: starting.position - 1]:
+            assert ahead.env is not None
+            assert self.queue.of_env(ahead.env)[0] is not None, (ahead, starting)
+
+    @invariant()
+    def the_core_lives(self) -> None:
+        if self.core.done():
+            self.core.result()
+            raise AssertionError("the queue ended by itself")
+
+    @invariant()
+    def the_line_is_numbered(self) -> None:
+        waiting, booting = self.queue.waiting(), self.queue.booting()
+        assert [(job.position, job.ahead) for job in waiting] == [
+            (place, place - 1 + len(booting)) for place in range(1, len(waiting) + 1)
+        ]
+        assert len(waiting) <= LIMIT
+        assert len(booting) <= self.traits.boot_width
+
+    @invariant()
+    def an_env_has_one_job_that_runs_and_one_that_waits(self) -> None:
+        active = [job for job in self.queue.active() if job.env is not None]
+        for waits in (True, False):
+            envs = [job.env for job in active if (job.state is JobState.QUEUED) is waits]
+            assert len(envs) == len(set(envs))
+
+    @invariant()
+    def an_env_agrees_with_its_desktop(self) -> None:
+        for env in self.service.all_envs():
+            if env.state is EnvState.PLAYING:
+                assert env.desktop is not None
+                assert env.episode is not None
+                assert (env.desktop.state, env.desktop.env) == (DesktopState.IN_USE, env.id)
+                assert not env.episode.done
+            elif env.state is EnvState.RESETTING:
+                assert env.job_id is not None
+        for desktop in self.fleet.desktops():
+            if desktop.state is DesktopState.IN_USE:
+                assert desktop.env is not None
+                env = self.service.env(desktop.env)
+                assert env.desktop == desktop or env.job_id is not None
+
+    @invariant()
+    def every_job_is_kept_and_every_instance_known(self) -> None:
+        assert all(self.ends[job_id] == self.queue.get(job_id).state.terminal for job_id in self.accepted)
+        assert set(self.driver.instances) <= {desktop.id for desktop in self.fleet.desktops()}
+
+    def teardown(self) -> None:
+        try:
+            self.driver.plans.clear()
+            self.run(self.come_to_rest())
+            self.core.cancel()
+            self.run(asyncio.wait({self.core}))
+            assert set(self.driver.instances) == {desktop.id for desktop in self.fleet.desktops()}
+            assert not asyncio.all_tasks(self.loop)
+        finally:
+            self.patch.undo()
+            self.loop.close()
+
+    async def come_to_rest(self) -> None:
+        async with asyncio.timeout(20_000):
+            await self.queue.idle()
+        await asyncio.sleep(2_000)  # as long as four refusals and removals of fifty seconds take
+        assert [self.ends[job_id] for job_id in self.accepted] == [1] * len(self.accepted)
+        desktops = {desktop.id for desktop in self.fleet.desktops()}
+        playing = {env.desktop.id for env in self.service.all_envs() if env.desktop}
+        assert desktops == set(self.driver.instances)
+        assert len(desktops) == len(playing) + self.fleet.spares
+        assert len(asyncio.all_tasks()) - 1 <= self.tasks_at_rest + 3 * len(desktops)
+        assert all(env.state is not EnvState.RESETTING for env in self.service.all_envs())
+        self.nothing_was_found_wrong()
+
+
+class WideMachine(QueueMachine):
+    traits: ClassVar[Traits] = Traits(boot_width=3, make_before_break=False, monitor_interval_s=1000)
+
+
+CHOSEN = settings(
+    derandomize=True,
+    database=None,
+    deadline=None,
+    max_examples=60,
+    stateful_step_count=50,
+    suppress_health_check=list(HealthCheck),
+)
+TestOneBootAtATime = QueueMachine.TestCase
+TestOneBootAtATime.settings = CHOSEN
+TestSeveralBootsWithoutRoomForTheOldDesktop = WideMachine.TestCase
+TestSeveralBootsWithoutRoomForTheOldDesktop.settings = CHOSEN
