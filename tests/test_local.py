@@ -201,15 +201,20 @@ async def test_a_desktop_outlives_its_chrome_which_comes_back_where_it_was(tmp_p
         )
 
 
+def pages(targets: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """Which they are and where; a title comes a moment after its page."""
+    return [(target["id"], target["url"]) for target in targets]
+
+
 async def test_starting_chrome_and_its_bridge_as_tasks_do_changes_nothing(tmp_path: Path) -> None:
     async with local(tmp_path) as driver, desktops(driver, "a-1", "a-2") as [one, two]:
         for desktop in (one, two):
             await until(desktop.has_chrome)
-            before = await desktop.cdp.pages()
+            before = pages(await desktop.cdp.pages())
             await desktop.sh("timeout 10 google-chrome --remote-debugging-port=1337")
             bridge = "timeout 0.3 socat tcp-listen:9222,fork tcp:localhost:1337; echo $?"
             assert await desktop.sh(bridge) == "124"
-            assert await desktop.cdp.pages() == before
+            assert pages(await desktop.cdp.pages()) == before
 
 
 async def test_a_page_that_a_task_opens_is_opened_in_the_running_chrome(tmp_path: Path) -> None:
