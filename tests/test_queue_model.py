@@ -22,7 +22,7 @@ import anyio.lowlevel
 import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from PIL import Image
 
 from envd.boot import fleet, queue
@@ -241,6 +241,13 @@ class QueueMachine(RuleBasedStateMachine):
 
     # What happens
 
+    @initialize(envs=st.sets(st.integers(0, ENVS - 1)))
+    def some_play_already(self, envs: set[int]) -> None:
+        for env in envs:
+            self.ask(lambda env=env: self.queue.submit(env, Reset({"id": "first"})))  # type: ignore[misc]
+            self.run(asyncio.sleep(50))
+            assert self.service.env(env).state is EnvState.PLAYING
+
     @rule(
         env=st.integers(0, ENVS - 1),
         name=st.sampled_from("ab"),
@@ -271,6 +278,7 @@ class QueueMachine(RuleBasedStateMachine):
                     self.accepted.append(job.id)
                 else:
                     assert job.joined > 0
+                    assert not job.cancel_requested
 
         self.run(asked())
 
@@ -284,6 +292,24 @@ class QueueMachine(RuleBasedStateMachine):
     def cancel_a_boot(self, number: int) -> None:
         booting = self.queue.booting()
         self.cancel_one(booting[number % len(booting)].id, 1)
+
+    @rule(
+        plan=PLANS,
+        first=st.integers(0, ENVS - 1),
+        second=st.integers(0, ENVS - 1),
+        turns=st.integers(0, 12),
+        seconds=st.sampled_from([0.0, 0.5, 1.0, 4.0, 25.0, READY_TIMEOUT]),
+    )
+    def leave_a_boot_to_another(self, plan: Plan, first: int, second: int, turns: int, seconds: float) -> None:
+        """Cancel a boot at some moment of its life while another job waits."""
+        self.run(asyncio.sleep(500))
+        self.driver.plans = [plan]
+        self.ask(lambda: self.queue.submit(first, Reset({"id": "first"})))
+        self.ask(lambda: self.queue.submit(second, Reset({"id": "second"})))
+        self.run(asyncio.sleep(seconds))
+        self.turn(turns)
+        for job in self.queue.booting()[:1]:
+            self.cancel_one(job.id, 1)
 
     def cancel_one(self, job_id: str, times: int) -> None:
         async def cancelled() -> None:
@@ -304,7 +330,7 @@ class QueueMachine(RuleBasedStateMachine):
     def plan(self, plan: Plan) -> None:
         self.driver.plans.append(plan)
 
-    @rule(turns=st.integers(1, 12))
+    @rule(turns=st.sampled_from([1, 1, 2, 3, 5, 8, 12]))
     def turn(self, turns: int) -> None:
         async def turned() -> None:
             for _ in range(turns):
@@ -312,13 +338,9 @@ class QueueMachine(RuleBasedStateMachine):
 
         self.run(turned())
 
-    @rule(seconds=st.sampled_from([0.3, 1.0, 4.0, 15.0, 100.0]))
+    @rule(seconds=st.sampled_from([0.3, 1.0, 4.0, 15.0, 100.0, 500.0]))
     def advance(self, seconds: float) -> None:
         self.run(asyncio.sleep(seconds))
-
-    @rule()
-    def rest(self) -> None:
-        self.run(asyncio.sleep(500))
 
     @precondition(lambda self: len(self.accepted) > 3 and not self.closed)
     @rule(really=st.sampled_from([False] * 9 + [True]))
@@ -450,6 +472,7 @@ class QueueMachine(RuleBasedStateMachine):
         desktops = {desktop.id for desktop in self.fleet.desktops()}
         playing = {env.desktop.id for env in self.service.all_envs() if env.desktop}
         assert desktops == set(self.driver.instances)
+        assert not [one for one in self.driver.instances.values() if one.dead.is_set()]
         assert len(desktops) == len(playing) + self.fleet.spares
         assert len(asyncio.all_tasks()) - 1 <= self.tasks_at_rest + 3 * len(desktops)
         assert all(env.state is not EnvState.RESETTING for env in self.service.all_envs())
@@ -464,7 +487,7 @@ CHOSEN = settings(
     derandomize=True,
     database=None,
     deadline=None,
-    max_examples=60,
+    max_examples=80,
     stateful_step_count=50,
     suppress_health_check=list(HealthCheck),
 )
