@@ -17,6 +17,7 @@ import anyio
 import pytest
 from PIL import Image
 
+import envd.drivers.local  # noqa: F401 - here, since an import blocks and drivers are imported when they are chosen
 from envd.boot.probes import Readiness
 from envd.drivers import make_driver
 from envd.drivers.base import Death, Driver, InstanceSpec
