@@ -9,9 +9,9 @@
     │   └── QueueFull, Draining, StillBooting, JobExpired, TooManyWatchers
     ├── InfraError            a machine or a library failed               fault: infra
     │   └── BootFailed, BootTimeout, InstanceDied, DesktopLost, GuestUnreachable, GuestMisbehaved, ServerUnreachable,
-    │       InternalError
+    │       AssetUnavailable, EvaluatorError, EvaluationExpired, InternalError
     └── TaskError             the task file cannot be run as it is        fault: task
-        └── TaskInvalid, SetupFailed, NotEvaluable
+        └── TaskInvalid, MissingRequirement, SetupFailed, EvaluationInvalid, NotEvaluable
 
 An error travels as `application/problem+json` (RFC 9457): `Problem` below. The code crosses the wire, the class path
 never does; `from_problem` gives the client the class back.
@@ -61,8 +61,8 @@ class EnvdError(Exception):
     code: ClassVar[str] = "error"
     title: ClassVar[str] = "Error"
     status: ClassVar[int] = 500
-    fault: ClassVar[Fault] = Fault.INFRA
-    retryable: ClassVar[bool] = False
+    fault: Fault = Fault.INFRA
+    retryable: bool = False
 
     def __init__(self, detail: str, *, hint: str = "", retry_after: float | None = None, **facts: Any) -> None:
         assert not facts.keys() & Problem.model_fields.keys(), facts
@@ -291,6 +291,27 @@ class ServerUnreachable(InfraError):
     title = "The envd server does not answer"
 
 
+class AssetUnavailable(InfraError):
+    """A file that the task names cannot be had. Facts: url, http_status (None when nothing answered), tried."""
+
+    code = "asset_unavailable"
+    title = "A file that the task needs cannot be had"
+
+
+class EvaluatorError(InfraError):
+    """Facts: stage (result, expected, metric, process), index, traceback."""
+
+    code = "evaluator_error"
+    title = "The evaluator failed"
+    status = 500
+    retryable = False
+
+
+class EvaluationExpired(InfraError):
+    code = "evaluation_expired"
+    title = "The evaluation was not done in time"
+
+
 class InternalError(InfraError):
     """A bug of ours. The log has the traceback under the request's id."""
 
@@ -312,18 +333,41 @@ class TaskInvalid(TaskError):
     title = "The task file cannot be used"
 
 
+class MissingRequirement(TaskError):
+    """The task is well-formed and needs what this daemon does not have. Facts: errors (as TaskInvalid)."""
+
+    code = "missing_requirement"
+    title = "The task needs something that this daemon does not have"
+
+
 class SetupFailed(TaskError):
-    """Facts: step (index from 0), step_type, cause (the code of the error behind it)."""
+    """Facts: step (index from 0), step_type, cause (the code of the error behind it), records (of the steps so far).
+
+    Its fault and whether a retry may help are those of the error behind it.
+    """
 
     code = "setup_failed"
     title = "The task's set-up failed"
     status = 503
 
+    def __init__(self, detail: str, *, behind: EnvdError | None = None, **facts: Any) -> None:
+        if behind is not None:
+            facts = {"cause": behind.code, **facts}
+        super().__init__(detail, **facts)
+        if behind is not None:
+            self.fault, self.retryable = behind.fault, behind.retryable
+
+
+class EvaluationInvalid(TaskError):
+    code = "evaluation_invalid"
+    title = "The task's evaluator cannot work as it is written"
+    status = 500
+
 
 class NotEvaluable(TaskError):
     code = "not_evaluable"
     title = "This daemon cannot evaluate the task"
-    status = 501
+    status = 500
 
 
 def error_classes(root: type[EnvdError] = EnvdError) -> dict[str, type[EnvdError]]:
@@ -343,4 +387,6 @@ def from_problem(problem: Problem) -> EnvdError:
     }.get(problem.fault, InfraError)
     cls = error_classes().get(problem.code, fallback)
     facts = dict(problem.model_extra or {})
-    return cls(problem.detail, hint=problem.hint, retry_after=problem.retry_after, **facts)
+    error = cls(problem.detail, hint=problem.hint, retry_after=problem.retry_after, **facts)
+    error.fault, error.retryable = problem.fault, problem.retryable
+    return error

@@ -1,4 +1,4 @@
-"""The nouns of the daemon and their JSON: Job, Desktop, Env, Episode, StepResult.
+"""The nouns of the daemon and their JSON: Job, Desktop, Env, Episode, StepResult, Verdict.
 
 Every model is frozen; a change is `model_copy(update=…)`. Times are Unix seconds (wall clock, for people), durations
 are seconds and were measured on the monotonic clock.
@@ -6,19 +6,23 @@ are seconds and were measured on the monotonic clock.
 
 from __future__ import annotations
 
+import math
 from enum import StrEnum
 from functools import cached_property
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from .errors import Problem
+from .errors import Fault, Problem
 
 
 class Model(BaseModel):
     """Readers ignore what they do not know, so that an old client can talk to a new server."""
 
     model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+Counts = Literal["actions", "predictions"]
 
 
 class JobState(StrEnum):
@@ -77,6 +81,31 @@ class Probe(Model):
     """From the start of the boot until the probe passed."""
 
 
+class SetupOutcome(StrEnum):
+    OK = "ok"
+    WARNING = "warning"  # it failed in a way that tasks rely on being ignored; `detail` says how
+    FAILED = "failed"
+
+
+class SetupRecord(Model):
+    """What became of one step of a task's set-up or post-configuration. `index` counts from 0."""
+
+    index: int
+    type: str
+    outcome: SetupOutcome
+    seconds: float
+    detail: str = ""
+    """The guest's own words where it has any; cut to 2,000 characters."""
+
+
+class Settled(Model):
+    """How the screen came to rest before a picture that counts. `still` is False when the limit ran out first."""
+
+    still: bool
+    seconds: float
+    pictures: int
+
+
 class Job(Model):
     """A reset (or a prewarm) from being accepted to its end. `version` grows with every change and is the ETag."""
 
@@ -106,6 +135,11 @@ class Job(Model):
     cancel_requested: bool = False
     superseded_by: str | None = None
     """The job that took this one's place."""
+    attempts: int = 0
+    """Desktops that the task's set-up was tried on."""
+    setup: tuple[SetupRecord, ...] = ()
+    """The set-up on the last of them, as far as it came."""
+    settled: Settled | None = None
     warnings: tuple[str, ...] = ()
     error: Problem | None = None
 
@@ -170,6 +204,8 @@ class EndReason(StrEnum):
     DONE = "done"  # the model said finished
     FAIL = "fail"  # the model gave up: call_user, error_env, FAIL
     MAX_STEPS = "max_steps"
+    DEADLINE = "deadline"  # the episode's time ran out
+    EVALUATED = "evaluated"  # it was evaluated before it had ended by itself
     UNPARSABLE = "unparsable"  # the prediction was not in the grammar
     LOST = "lost"  # the desktop died
     REPLACED = "replaced"  # another reset of the env began
@@ -187,10 +223,99 @@ class Episode(Model):
     steps: int = 0
     actions: int = 0
     max_steps: int
+    counts: Counts = "actions"
+    """What `max_steps` limits."""
+    deadline_at: float | None = None
     done: bool = False
     end_reason: EndReason | None = None
     screen: tuple[int, int]
     reset_path: ResetPath
+
+
+class VerdictStatus(StrEnum):
+    SCORED = "scored"  # the task's own evaluator returned a number
+    INFRA_ERROR = "infra_error"  # the desktop, its guest or a download failed
+    EVALUATOR_ERROR = "evaluator_error"  # a getter or a metric raised, was killed or overran
+    TASK_ERROR = "task_error"  # the task's own post-configuration or evaluator cannot work as written
+    NOT_EVALUABLE = "not_evaluable"  # this daemon lacks what it takes
+    CANCELLED = "cancelled"  # a reset took the desktop away
+    EXPIRED = "expired"  # the evaluation's own time ran out
+
+
+class MetricRecord(Model):
+    """One metric of an evaluator. `result` and `expected` are what the getters gave, as JSON (files by their name in
+    the bundle); `value` is what the metric returned."""
+
+    index: int
+    func: str
+    result: Any = None
+    expected: Any = None
+    options: dict[str, Any] = {}
+    value: Any = None
+    seconds: dict[str, float] = {}
+    traceback: str = ""
+
+
+class Provenance(Model):
+    """What a verdict rests on."""
+
+    server_version: str
+    provider: str
+    image: str
+    """What the desktop was made of, as its driver names it."""
+    task_hash: str
+    """sha256 of the task as canonical JSON (sorted keys, no blanks, UTF-8)."""
+    evaluator_version: str = ""
+    screen: tuple[int, int]
+    steps: int
+    actions: int
+    end_reason: EndReason | None
+    reset_path: ResetPath
+    reset_seconds: dict[str, float] = {}
+    """Phase of the reset → seconds."""
+    attempts: int = 1
+
+
+class Verdict(Model):
+    """How an episode ended: a score that its task's evaluator really returned, or no number and why.
+
+    `mask` tells a trainer to leave the episode out; it is true of everything that is not `scored`.
+    """
+
+    episode_id: str
+    env: int
+    task_id: str | None = None
+    status: VerdictStatus
+    score: float | None = None
+    raw: tuple[Any, ...] | None = None
+    """What each metric returned, in order, before it became one number; None where one was not needed."""
+    mask: bool
+    fault: Fault | None = None
+    code: str | None = None
+    detail: str = ""
+    hint: str = ""
+    metrics: tuple[MetricRecord, ...] = ()
+    postconfig: tuple[SetupRecord, ...] = ()
+    settled: Settled | None = None
+    warnings: tuple[str, ...] = ()
+    """Of the reset and of the evaluation."""
+    provenance: Provenance
+    evaluated_at: float
+    seconds: dict[str, float] = {}
+    """Where the time went: postconfig, settle, getters, metrics, overhead, total."""
+
+    @model_validator(mode="after")
+    def _a_number_only_if_scored(self) -> Self:
+        scored = self.status is VerdictStatus.SCORED
+        if scored != (self.score is not None) or scored == self.mask or scored != (self.code is None):
+            raise ValueError(f"a verdict that is {self.status} with score {self.score}, code {self.code}")
+        if self.score is not None and not math.isfinite(self.score):
+            raise ValueError(f"a score must be finite, not {self.score}")
+        return self
+
+    @property
+    def links(self) -> dict[str, str]:
+        return {"bundle": f"/v1/episodes/{self.episode_id}/bundle"}
 
 
 class ActionOutcome(StrEnum):
@@ -237,6 +362,13 @@ class ResetRequest(BaseModel):
         default_factory=dict, description="An OSWorld task: id, instruction, config, evaluator, …"
     )
     max_steps: int | None = Field(default=None, ge=1, le=10_000)
+    counts: Counts | None = Field(default=None, description="What max_steps limits; default ENVD_COUNTS.")
+    episode_timeout_s: float | None = Field(
+        default=None, gt=0, le=604_800, description="No step begins later than this after the first observation."
+    )
+    screen: tuple[int, int] | None = Field(
+        default=None, description="Width and height in pixels that the caller counts on; the daemon's own, or 422."
+    )
     queue_timeout_s: float | None = Field(
         default=None, gt=0, description="Expire instead of booting after so long a wait."
     )

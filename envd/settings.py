@@ -26,6 +26,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from .errors import SettingsError
+from .models import Counts
 
 KNOWN_PROVIDERS = ("aws", "docker", "local", "sim")
 
@@ -45,9 +46,14 @@ def _screen(value: Any) -> Any:
     return value
 
 
+def _words(value: Any) -> Any:
+    return tuple(word for part in value.split(",") if (word := part.strip())) if isinstance(value, str) else value
+
+
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 
 
 class Settings(BaseSettings):
@@ -82,13 +88,55 @@ class Settings(BaseSettings):
     queue_timeout: Seconds = 86_400
     """A job that waited so long expires."""
     max_steps: int = Field(default=16, ge=1)
-    """Actions per episode, as existing trainers expect."""
+    """Length of an episode, as existing trainers expect."""
+    counts: Counts = "actions"
+    """What ENVD_MAX_STEPS limits: actions (as servers always did; a prediction may hold several) or predictions."""
+    episode_timeout: Seconds = 0.0
+    """No step of an episode begins later than this; 0 is no limit."""
+    format_reward: Literal["plain", "shaped"] = "plain"
+    """shaped: the bonuses that one older server added for parsing, acting and finishing."""
     action_pause: Seconds = 0.5
     """Wait after each action, before the next or the screenshot."""
     wait_seconds: Seconds = 1.0
     """How long the model's wait() lasts."""
     settle_seconds: Seconds = 0.0
-    """Wait before the first observation of an episode."""
+    """Wait at least so long before the first observation of an episode, whatever the screen does."""
+    settle_quiet: Seconds = 0.2
+    """The screen has settled once it did not change for so long; 0 takes the first picture."""
+    settle_limit: Seconds = 10.0
+    """How long to wait for that, before the first observation and before an evaluation."""
+    client_password: str = "password"
+    """Password of the desktops' user, put where a task says {CLIENT_PASSWORD}."""
+    setup_attempts: int = Field(default=2, ge=1, le=5)
+    """Desktops that a task's set-up is tried on before its reset fails."""
+    setup_timeout: PositiveSeconds = 900
+    """A task's set-up must be done by then."""
+    asset_mirrors: Words = ()
+    """Where files that tasks name are looked for first: base URLs and folders, separated by commas."""
+    asset_limit: int = Field(default=20 * 1024**3, ge=1024**2)
+    """Bytes that the cache of such files may take; the least recently used go first."""
+    asset_timeout: PositiveSeconds = 300
+    """One try of a download may take so long."""
+    offline: bool = False
+    """Download nothing: use the cache and folders alone."""
+    proxy_file: UserPath | None = None
+    """JSON list of {host, port, username, password, protocol} for tasks that ask for a proxy."""
+    google_credentials: UserPath | None = None
+    """JSON of an OAuth user (client_id, client_secret, refresh_token) for tasks that use Google Drive."""
+    google_account: UserPath | None = None
+    """JSON {email, password} for tasks that log in to Google."""
+    evaluators: UserPath | None = None
+    """Python interpreter that has the evaluators, as `make evaluators` builds it. Unset: that one, if it is there."""
+    evaluations: int = Field(default=2, ge=1, le=64)
+    """Evaluations that may run at once."""
+    evaluation_timeout: PositiveSeconds = 270
+    """A verdict is there by then; below the 300 s after which old clients hang up."""
+    bundles: int = Field(default=500, ge=1)
+    """Episodes whose evidence is kept."""
+    bundle_days: float = Field(default=14, gt=0)
+    """How long it is kept."""
+    bundle_limit: int = Field(default=256 * 1024**2, ge=1024**2)
+    """Bytes that one episode's evidence may take."""
     prompt_file: UserPath | None = None
     """Prompt template your model was trained with; must contain {instruction}. Unset: envd's own."""
     min_pixels: int = Field(default=3136, ge=784)
