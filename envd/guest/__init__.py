@@ -1,6 +1,6 @@
 """The outside of a desktop: its guest server and its Chrome, spoken to over HTTP."""
 
-from .cdp import Cdp
+from .cdp import Browser, Cdp
 from .client import Executed, Guest
 
-__all__ = ["Cdp", "Executed", "Guest"]
+__all__ = ["Browser", "Cdp", "Executed", "Guest"]
