@@ -12,8 +12,8 @@ from typing import Any
 
 import anyio
 
-from ..errors import EnvdError, GuestMisbehaved, SetupFailed, TaskInvalid
-from ..guest import Guest
+from ...errors import EnvdError, GuestMisbehaved, SetupFailed, TaskInvalid
+from ...guest import Guest
 
 Parameters = dict[str, Any]
 Run = Callable[[Guest, Parameters], Awaitable[str]]
