@@ -152,6 +152,10 @@ def _sentence(event: Event) -> str:
 
 def _is_trouble(event: Event) -> bool:
     """Whether somebody who reads only warnings should see it: a failed job, a lost desktop, a prediction that does not
-    parse, a set-up step whose failure was passed over."""
+    parse, a set-up step that failed or whose failure was passed over, a verdict without a score."""
     failed = event.kind == "state" and event.job is not None and event.job.error is not None
-    return failed or event.data.get("state") == "lost" or bool(event.data.get("problem") or event.data.get("warnings"))
+    data = event.data
+    step = (data.get("record") or {}).get("outcome") if event.kind == "setup" else None
+    unscored = event.kind == "verdict" and data.get("mask")
+    lost = data.get("state") == "lost"
+    return failed or lost or bool(step not in (None, "ok") or unscored or data.get("problem") or data.get("warnings"))

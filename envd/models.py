@@ -393,8 +393,8 @@ class StepRequest(BaseModel):
 class Event(Model):
     """One thing that happened. `id` is "<epoch>-<sequence>": the epoch is new when the sequence starts again.
 
-    Kinds: state, position, phase, probe, progress, log, note, desktop, step, episode; and, on streams only,
-    snapshot, gap and server-shutdown. An event about a job carries the whole job as it then was, so a watcher
+    Kinds: state, position, phase, probe, progress, setup, log, note, desktop, step, episode, verdict; and, on streams
+    only, snapshot, gap and server-shutdown. An event about a job carries the whole job as it then was, so a watcher
     replaces what it has.
     """
 

@@ -65,7 +65,7 @@ def test_the_status_fits_the_fault(cls: type[EnvdError]) -> None:
         Fault.CLIENT: {400, 404, 405, 409, 413, 422, 505},
         Fault.CAPACITY: {503},
         Fault.INFRA: {500, 503},
-        Fault.TASK: {422, 501, 503},
+        Fault.TASK: {422, 500, 503},
     }
     assert cls.status in allowed[cls.fault]
 

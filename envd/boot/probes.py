@@ -1,8 +1,10 @@
 """Readiness: is a desktop usable? Two probes, tried concurrently from the moment its instance exists.
 
-screenshot  the guest port gives a picture that decodes, has the expected size and is not one flat colour with a
-            pointer on it
+screenshot  the guest port gives a picture that decodes, has the expected size and shows more than one flat colour,
+            a pointer and an empty frame
 chrome_cdp  Chrome answers `/json/version` and lists a page
+
+A page is listed before its window has content, so in the end Chrome is given a moment to draw one.
 
 A try is judged ok, fail (answered, and the answer was not good) or unknown (nothing to judge). A probe passes after
 `NEEDED` successes in a row, since a guest that comes up answers 200, then 500, then 200 for a while.
@@ -29,9 +31,14 @@ SLOWEST_INTERVAL = 2.0
 TRY_TIMEOUT = 15.0
 """Seconds. One screenshot inside an emulated guest was measured at 2–4 s."""
 
-FLAT = 0.995
-"""A screen of which one colour covers more than this is empty: a bare root window with a pointer on it is 99.98 % one
-colour, a maximised browser with an empty page about 92 %."""
+LEAST_SHOWN = 30
+"""Rows. A screen on which less than so many rows' worth of pixels differ from its most frequent colour is empty: a bare
+root window with a pointer has less than one, a maximised browser whose window is not drawn yet has its frame's title
+bar (18 measured), with an empty page drawn 53. A share of the screen would depend on its height."""
+
+PAINT_LIMIT = 5.0
+"""Seconds that Chrome gets to draw a page once both probes have passed. Measured on 2 cores without load: 0.1–0.2. No
+failure after that: a page may be hidden for a reason of its own."""
 
 CHROME = ["google-chrome", "--remote-debugging-port=1337"]
 BRIDGE = ["socat", "tcp-listen:9222,fork", "tcp:localhost:1337"]
@@ -72,6 +79,18 @@ class Readiness:
                 probes.start_soon(self._probe, "screenshot", self._judge_screenshot)
                 probes.start_soon(self._probe, "chrome_cdp", self._judge_cdp)
             tasks.cancel_scope.cancel()
+        await self._see_a_page_drawn()
+
+    async def _see_a_page_drawn(self) -> None:
+        drawn = False
+        with anyio.move_on_after(PAINT_LIMIT):
+            try:
+                drawn = await self.cdp.painted(PAINT_LIMIT)
+            except EnvdError as error:
+                self.watcher.note(f"Whether Chrome has drawn its page could not be seen: {error.detail}")
+                return
+        if not drawn:
+            self.watcher.note(f"Chrome has drawn no page within {PAINT_LIMIT:g} s; it may be hidden.")
 
     async def _probe(self, name: str, judge: Judge) -> None:
         """Try until `NEEDED` tries in a row were ok. Never two tries at once; a try that hangs is cut off."""
@@ -160,7 +179,7 @@ def judge_picture(picture: bytes, screen: tuple[int, int]) -> tuple[ProbeResult,
             share = _largest_share(image)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         return ProbeResult.FAIL, f"{len(picture)} bytes that do not decode: {error}"
-    if share > FLAT:
+    if (1 - share) * screen[1] < LEAST_SHOWN:
         return ProbeResult.FAIL, f"the screen is one flat colour ({share:.1%} of it)"
     return ProbeResult.OK, f"{screen[0]}x{screen[1]}, {len(picture)} bytes"
 

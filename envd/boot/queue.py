@@ -10,6 +10,8 @@
 * A boot knows nothing of tasks. When its job is cancelled, the next waiting job inherits it; only without an heir is
   it torn down.
 * The slot is free again when the desktop is ready, or when a failed one is confirmed gone; set-up runs outside of it.
+* A set-up that failed because a machine did is tried again on a fresh desktop, never on the same: the job goes back to
+  the head of the line.
 """
 
 from __future__ import annotations
@@ -30,9 +32,21 @@ import structlog
 from anyio.abc import TaskGroup
 
 from ..drivers.base import Traits
-from ..errors import Draining, EnvdError, InternalError, JobExpired, QueueFull, UnknownJob
+from ..errors import AssetUnavailable, Draining, EnvdError, Fault, InternalError, JobExpired, QueueFull, UnknownJob
 from ..events import EventLog
-from ..models import Desktop, DesktopState, Job, JobKind, JobState, Phase, Probe, ResetPath
+from ..models import (
+    Counts,
+    Desktop,
+    DesktopState,
+    Job,
+    JobKind,
+    JobState,
+    Phase,
+    Probe,
+    ResetPath,
+    Settled,
+    SetupRecord,
+)
 from ..settings import Settings
 from ..store import Store
 from .estimates import Estimates
@@ -41,17 +55,29 @@ from .fleet import Fleet, is_cancelled
 logger = structlog.get_logger(__name__)
 
 
+TOLD = 300
+"""Characters of a set-up step's detail that a job carries: every event about the job carries it too."""
+
+
 class Stage(Protocol):
     """What resets change: the envs. The queue calls these from its own tasks."""
 
     def vacate(self, env: int, job: Job) -> str | None:
         """A reset of `env` begins: end its episode. Returns the id of the desktop it had, which is no longer used."""
 
-    async def begin(self, job: Job, reset: Reset, desktop: Desktop, phase: Callable[[str], None]) -> Beginning:
+    async def begin(self, job: Job, reset: Reset, desktop: Desktop, progress: Progress) -> Beginning:
         """Set the task up on the clean desktop and take the first observation."""
 
     def abandon(self, env: int, job: Job) -> None:
         """The reset ended without an episode."""
+
+
+class Progress(Protocol):
+    """Told how a set-up goes."""
+
+    def phase(self, name: str) -> None: ...
+
+    def setup(self, record: SetupRecord) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +86,7 @@ class Beginning:
 
     episode_id: str
     warnings: tuple[str, ...] = ()
+    settled: Settled | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +95,15 @@ class Reset:
 
     task: dict[str, Any] = field(default_factory=dict)
     max_steps: int | None = None
+    counts: Counts | None = None
+    episode_timeout_s: float | None = None
     queue_timeout_s: float | None = None
 
     @property
     def fingerprint(self) -> str:
-        """The same for resets that would give the same desktop."""
-        canonical = json.dumps([self.task, self.max_steps], sort_keys=True, default=str)
+        """The same for resets that would give the same episode."""
+        asked = [self.task, self.max_steps, self.counts, self.episode_timeout_s]
+        canonical = json.dumps(asked, sort_keys=True, default=str)
         return hashlib.sha256(canonical.encode()).hexdigest()
 
 
@@ -87,6 +117,24 @@ class _Ticket:
     phase_began: float
     work: anyio.CancelScope | None = None
     changed: anyio.Event = field(default_factory=anyio.Event)
+
+
+@dataclass(frozen=True, slots=True)
+class _Progress:
+    """What a set-up tells of itself, put into its job."""
+
+    queue: BootQueue
+    ticket: _Ticket
+
+    def phase(self, name: str) -> None:
+        self.queue._enter_phase(self.ticket, name)
+
+    def setup(self, record: SetupRecord) -> None:
+        record = record.model_copy(update={"detail": record.detail[:TOLD]})
+        records = (*self.ticket.job.setup, record)
+        message = f"set-up step {record.index} ({record.type}) {record.outcome} after {record.seconds:.2f} s"
+        shown = record.model_dump(mode="json")
+        self.queue._update(self.ticket, "setup", {"setup": records}, record=shown, message=message)
 
 
 class _Boot:
@@ -434,15 +482,56 @@ class BootQueue:
                 self._fleet.retire(desktop.id, "its reset failed")
         if began_with is None:
             await self._fleet.gone(desktop.id)
-            self._abandon(ticket, failure)
+            if failure is not None and self._may_try_again(ticket, failure):
+                self._line_up_again(ticket, failure)
+            else:
+                self._abandon(ticket, failure)
         else:
             self.estimates.was_set_up(time.monotonic() - began)
-            self._end(ticket, JobState.SUCCEEDED, episode_id=began_with.episode_id, warnings=began_with.warnings)
+            self._end(
+                ticket,
+                JobState.SUCCEEDED,
+                episode_id=began_with.episode_id,
+                warnings=began_with.warnings,
+                settled=began_with.settled,
+            )
 
     async def _set_up(self, ticket: _Ticket, desktop: Desktop, env: int, path: ResetPath) -> Beginning:
         desktop = self._fleet.assign(desktop, env)
-        self._enter_phase(ticket, "set_up", state=JobState.SETTING_UP, desktop_id=desktop.id, reset_path=path)
-        return await self._stage.begin(ticket.job, ticket.reset, desktop, lambda name: self._enter_phase(ticket, name))
+        self._enter_phase(
+            ticket,
+            "set_up",
+            state=JobState.SETTING_UP,
+            desktop_id=desktop.id,
+            reset_path=path,
+            attempts=ticket.job.attempts + 1,
+            setup=(),
+        )
+        return await self._stage.begin(ticket.job, ticket.reset, desktop, _Progress(self, ticket))
+
+    def _may_try_again(self, ticket: _Ticket, failure: EnvdError) -> bool:
+        """Whether a fresh desktop may do better. It will not for a task that is wrong, or a file that cannot be had;
+        and nobody waits for this job any more once a newer reset of its env is in line."""
+        return (
+            failure.fault is Fault.INFRA
+            and failure.retryable
+            and failure.facts.get("cause") != AssetUnavailable.code
+            and ticket.job.attempts < self._settings.setup_attempts
+            and not ticket.job.cancel_requested
+            and not self._closed
+            and all(waiting.job.env != ticket.job.env for waiting in self._waiting)
+        )
+
+    def _line_up_again(self, ticket: _Ticket, failure: EnvdError) -> None:
+        ticket.work = None
+        ticket.expires = time.monotonic() + self._settings.queue_timeout
+        self._running.remove(ticket)
+        self._waiting.insert(0, ticket)
+        message = f"Set-up attempt {ticket.job.attempts} failed: {failure.detail} It is tried on a fresh desktop."
+        self._update(ticket, "note", {}, message=message)
+        self._enter_phase(ticket, "queue", state=JobState.QUEUED, desktop_id=None)
+        self._renumber()
+        self._stir()
 
     def _vacate(self, ticket: _Ticket) -> None:
         """Begin to take the env's old desktop away."""
@@ -541,7 +630,8 @@ class BootQueue:
                 **facts,
             },
         )
-        if ran and state is not JobState.SUCCEEDED and ticket.job.env is not None:
+        took_the_env = ran or ticket.job.attempts > 0
+        if took_the_env and state is not JobState.SUCCEEDED and ticket.job.env is not None:
             self._stage.abandon(ticket.job.env, ticket.job)
         self._stir()
 

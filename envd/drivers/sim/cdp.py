@@ -35,6 +35,8 @@ class Chrome:
             "Page.enable": _nothing,
             "Page.navigate": self._navigate,
             "Runtime.enable": _nothing,
+            # What is asked of a page is whether it is drawn, and these always are.
+            "Runtime.evaluate": lambda params: {"result": {"type": "boolean", "value": True}},
             "Target.activateTarget": _nothing,
             "Target.attachToTarget": self._attach,
             "Target.closeTarget": self._close_target,
