@@ -10,13 +10,14 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
 import anyio
+from anyio.streams.memory import MemoryObjectReceiveStream, MemoryObjectSendStream
 
 from ..errors import EnvdError, GuestMisbehaved, GuestUnreachable
 from .client import parse_json, read_bounded
@@ -27,6 +28,7 @@ ANSWER_SECONDS = 10.0
 LARGEST_MESSAGE = 4 * 1024 * 1024
 CLOSE_SECONDS = 1.0
 PAGES_LOOKED_AT = 32
+EVENTS_KEPT = 64
 BROWSER_PATH = re.compile(r"/devtools/browser/[A-Za-z0-9-]{1,64}")
 HEADERS = {"Host": "localhost"}
 """Chrome answers those only that call it by an address or as localhost, lest web pages reach it through a name of
@@ -161,7 +163,7 @@ class Browser:
         self._url = url
         self._last_id = 0
         self._answers: dict[int, asyncio.Future[Params]] = {}
-        self._expected: dict[tuple[str, str | None], list[asyncio.Future[Params]]] = {}
+        self._events: dict[tuple[str, str | None], list[MemoryObjectSendStream[Params]]] = {}
         self._broken: EnvdError | None = None
 
     async def send(
@@ -178,7 +180,8 @@ class Browser:
         command = {"id": number, "method": method, "params": params or {}}
         if session_id is not None:
             command["sessionId"] = session_id
-        answer = self._answers[number] = self._future()
+        answer: asyncio.Future[Params] = asyncio.get_running_loop().create_future()
+        self._answers[number] = answer
         try:
             with anyio.fail_after(timeout):
                 await self._transmit(json.dumps(command))
@@ -186,7 +189,9 @@ class Browser:
         except TimeoutError as error:
             raise GuestUnreachable(f"Chrome at {self._url} did not answer {method} within {timeout:g} s.") from error
         finally:
-            _forget(self._answers.pop(number))
+            del self._answers[number]
+            if not answer.cancel() and not answer.cancelled():
+                answer.exception()  # asked for, so that nobody misses it when the command itself could not be sent
         refusal, result = message.get("error"), message.get("result")
         if isinstance(refusal, dict):
             raise GuestMisbehaved(f"Chrome at {self._url} refused {method}: {str(refusal.get('message'))[:300]}")
@@ -195,23 +200,26 @@ class Browser:
         return result
 
     @contextmanager
-    def expect(self, event: str, session_id: str | None = None) -> Iterator[asyncio.Future[Params]]:
-        """The `params` of the first `event` from here on, to be awaited in the block:
+    def events(self, event: str, session_id: str | None = None) -> Iterator[MemoryObjectReceiveStream[Params]]:
+        """The `params` of each `event` from here to the end of the block. The stream ends with the connection; of many
+        that nobody receives, the latest are lost.
 
-        >>> with browser.expect("Page.loadEventFired", session) as loaded:
+        >>> with browser.events("Page.loadEventFired", session) as loads:
         ...     await browser.send("Page.navigate", {"url": url}, session_id=session)
-        ...     await loaded
+        ...     await loads.receive()
         """
-        expected = self._future()
-        waiting = self._expected.setdefault((event, session_id), [])
-        waiting.append(expected)
-        try:
-            yield expected
-        finally:
-            waiting.remove(expected)
-            if not waiting:
-                self._expected.pop((event, session_id), None)
-            _forget(expected)
+        hand, receive = anyio.create_memory_object_stream[Params](EVENTS_KEPT)
+        hands = self._events.setdefault((event, session_id), [])
+        hands.append(hand)
+        if self._broken is not None:
+            hand.close()
+        with hand, receive:
+            try:
+                yield receive
+            finally:
+                hands.remove(hand)
+                if not hands:
+                    self._events.pop((event, session_id), None)
 
     async def attach(self, target_id: str, timeout: float = ANSWER_SECONDS) -> str:
         """The id of a new session with a page. It ends with the connection."""
@@ -240,9 +248,11 @@ class Browser:
             why = error
         finally:
             self._broken = why
-            for future in [*self._answers.values(), *(one for some in self._expected.values() for one in some)]:
-                if not future.done():
-                    future.set_exception(why)
+            for answer in self._answers.values():
+                if not answer.done():
+                    answer.set_exception(why)
+            for hand in [hand for hands in self._events.values() for hand in hands]:
+                hand.close()
 
     def _take(self, text: str) -> None:
         try:
@@ -258,9 +268,9 @@ class Browser:
                 answer.set_result(message)
         elif isinstance(method, str) and (session is None or isinstance(session, str)):
             params = message.get("params")
-            for expected in self._expected.get((method, session), ()):
-                if not expected.done():
-                    expected.set_result(params if isinstance(params, dict) else {})
+            for hand in self._events.get((method, session), ()):
+                with suppress(anyio.WouldBlock):
+                    hand.send_nowait(params if isinstance(params, dict) else {})
 
     async def _transmit(self, text: str) -> None:
         if self._broken is not None:
@@ -269,18 +279,6 @@ class Browser:
             await self._socket.send_str(text)
         except (aiohttp.ClientError, OSError) as error:
             raise GuestUnreachable(f"Chrome at {self._url} is gone: {error}", sent=True) from error
-
-    def _future(self) -> asyncio.Future[Params]:
-        future: asyncio.Future[Params] = asyncio.get_running_loop().create_future()
-        if self._broken is not None:
-            future.set_exception(self._broken)
-        return future
-
-
-def _forget(future: asyncio.Future[Params]) -> None:
-    """Without a word about an exception that nobody asked for."""
-    if not future.cancel() and not future.cancelled():
-        future.exception()
 
 
 def _is_page(info: object) -> bool:
