@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-import tempfile
 import time
 from contextlib import closing
 from dataclasses import dataclass
@@ -120,7 +119,7 @@ async def _end_chrome(context: Context) -> None:
 
 async def _rewrite(context: Context, path: str, entries: list[Entry], now: int) -> None:
     content = await context.guest.file(path, limit=LARGEST)
-    with tempfile.TemporaryDirectory() as folder:
+    async with anyio.TemporaryDirectory() as folder:
         file = Path(folder, "History")
         await anyio.to_thread.run_sync(_add, file, content, entries, now)
         await context.guest.upload(path, file)
@@ -169,7 +168,8 @@ def _visit(database: sqlite3.Connection, entry: Entry, now: int) -> None:
         )
     else:
         page = database.execute(
-            "INSERT INTO urls (url, title, visit_count, typed_count, last_visit_time, hidden) VALUES (?, ?, 1, 0, ?, 0)",
+            "INSERT INTO urls (url, title, visit_count, typed_count, last_visit_time, hidden)"
+            " VALUES (?, ?, 1, 0, ?, 0)",
             (entry.url, entry.title, at),
         ).lastrowid
     database.execute(
