@@ -19,6 +19,7 @@ import anyio
 from ...errors import GuestMisbehaved, TaskError, TaskInvalid
 from ...guest import Executed, Guest
 from ..task import Parameters
+from .chrome import PROXY
 from .context import Context, Run
 
 UNTIL_PAUSE = 0.3
@@ -29,6 +30,7 @@ LARGEST_OUTPUTS = 32 * 1024 * 1024
 """Bytes that all outputs kept under a name may have."""
 CHECK_SECONDS = 5
 """How long the command in `command_success` may take, as in the guest server that checks it by itself."""
+PROXY_OPTION = f"--proxy-server={PROXY}"
 PLACEHOLDER = re.compile(r"\{(CLIENT_PASSWORD|SCREEN_(?:WIDTH|HEIGHT)(?:_HALF)?)\}")
 
 Command = str | list[str]
@@ -41,7 +43,7 @@ async def launch(context: Context, parameters: Parameters) -> str:
         words = command.split()
         command = words if len(words) > 1 or _is_chrome(words) else command
     if context.proxied and isinstance(command, list) and _is_chrome(command):
-        command = [*command, "--proxy-server=http://127.0.0.1:18888"]
+        command = [*command, PROXY_OPTION]
     await context.guest.launch(command, shell=shell, timeout=None)
     return ""
 

@@ -26,12 +26,19 @@ from ...errors import (
 )
 from ...models import SetupOutcome, SetupRecord
 from ..task import Step
-from . import commands, files
+from . import chrome, commands, files, google, history, proxy
 from .context import Context, Run
 
 logger = structlog.get_logger(__name__)
 
-STEPS: dict[str, Run] = commands.STEPS | files.STEPS
+STEPS: dict[str, Run] = {
+    **commands.STEPS,
+    **files.STEPS,
+    **chrome.STEPS,
+    **history.STEPS,
+    **google.STEPS,
+    **proxy.STEPS,
+}
 """Every type of step there is."""
 
 LIMITS: dict[str, float] = {
