@@ -1,4 +1,4 @@
-"""The envs and what is played on them: set-up and first observation, steps, history.
+"""The envs and what is played on them: set-up and first observation, steps, history, and the way to a verdict.
 
 An env is changed by its resets (the boot queue calls `vacate`, `begin`, `abandon`) and by at most one step at a
 time. A desktop that dies or is taken away ends the step that runs on it; nothing that was sent to a guest is sent
@@ -11,11 +11,12 @@ import base64
 import io
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
+import aiohttp
 import anyio
 from PIL import Image
 
@@ -23,7 +24,8 @@ from .actions.dialogue import Dialogue, PromptTemplate
 from .actions.pyautogui import Special, Step, step_for_raw, steps
 from .actions.uitars import Frame, PredictionError, parse
 from .boot.fleet import Fleet
-from .boot.queue import Beginning, Reset
+from .boot.queue import Beginning, Progress, Reset
+from .bundles import Bundle, Bundles
 from .errors import (
     DesktopLost,
     EnvBusy,
@@ -32,11 +34,11 @@ from .errors import (
     GuestMisbehaved,
     GuestUnreachable,
     NoEpisode,
-    NotEvaluable,
+    SetupFailed,
     UnknownEnv,
 )
 from .events import EventLog
-from .guest import Guest
+from .guest import Cdp, Guest
 from .models import (
     ActionOutcome,
     ActionResult,
@@ -48,11 +50,19 @@ from .models import (
     Episode,
     Job,
     ResetPath,
+    Settled,
+    SetupOutcome,
+    SetupRecord,
     StepRequest,
     StepResult,
 )
 from .settings import Settings
-from .tasks import setup
+from .settle import settle
+from .tasks.assets import Assets
+from .tasks.setup.context import Context
+from .tasks.setup.proxy import proxy
+from .tasks.setup.runner import run as run_steps
+from .tasks.task import Task
 
 T = TypeVar("T")
 
@@ -65,6 +75,40 @@ TOLD = 200
 
 
 @dataclass
+class Play:
+    """What an episode leaves for its verdict, beside the episode itself.
+
+    outputs   what its set-up kept for the evaluator, by name
+    browser   as CDP names it, once the set-up was done; "" if there was none
+    replaced  a reset has taken the desktop away
+    """
+
+    job_id: str
+    task: Task
+    bundle: Bundle
+    outputs: dict[str, bytes]
+    warnings: tuple[str, ...]
+    browser: str = ""
+    proxied: bool = False
+    replaced: bool = False
+
+
+@dataclass(frozen=True)
+class Judged:
+    """An episode that is being judged, with its desktop."""
+
+    episode: Episode
+    desktop: Desktop
+    guest: Guest
+    cdp: Cdp
+    envs: Envs
+
+    async def while_alive(self, work: Callable[[], Awaitable[T]]) -> T:
+        """The result of `work`, or DesktopLost as soon as the desktop dies or is taken away."""
+        return await self.envs._while_alive(self.desktop.id, work)
+
+
+@dataclass
 class _Slot:
     id: int
     state: EnvState = EnvState.EMPTY
@@ -72,6 +116,7 @@ class _Slot:
     desktop_id: str | None = None
     episode: Episode | None = None
     dialogue: Dialogue | None = None
+    play: Play | None = None
     frame: Frame | None = None
     busy: bool = False
 
@@ -84,6 +129,7 @@ class _Playing:
     slot: _Slot
     episode_id: str
     dialogue: Dialogue
+    bundle: Bundle
 
     @property
     def episode(self) -> Episode:
@@ -102,13 +148,27 @@ class _Playing:
 
 
 class Envs:
-    def __init__(self, settings: Settings, fleet: Fleet, events: EventLog, template: PromptTemplate) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        fleet: Fleet,
+        events: EventLog,
+        template: PromptTemplate,
+        assets: Assets,
+        bundles: Bundles,
+        session: aiohttp.ClientSession,
+    ) -> None:
         self._settings = settings
         self._fleet = fleet
         self._events = events
         self._template = template
+        self._assets = assets
+        self._bundles = bundles
+        self._session = session
         self._slots = [_Slot(number) for number in range(settings.envs)]
         self._step_ended = anyio.Event()
+        self.on_began: Callable[[Task], None] = lambda task: None
+        """Told of the task of each episode that begins."""
         fleet.on_lost = self._desktop_lost
 
     # -- looking ------------------------------------------------------------------------------------------------
@@ -138,14 +198,42 @@ class Envs:
         picture, _ = await self._while_alive(desktop_id, lambda: self._picture(guest))
         return picture
 
-    def evaluate(self, env: int) -> NoReturn:
-        """Raises NoEpisode without an episode, and NotEvaluable with one: this version has no evaluators. Never a
-        number."""
-        slot = self._with_desktop(env)
-        task = (slot.episode.task_id if slot.episode else None) or "its task"
-        raise NotEvaluable(
-            f"This version of envd has no evaluators: env {slot.id} cannot be judged on {task}.",
-            hint="No score was made up for it: mask this episode.",
+    def played(self, env: int) -> tuple[Episode, Play]:
+        """The episode that can be judged, also when it ended with its desktop. Raises NoEpisode, EnvBusy while
+        resetting."""
+        slot = self._slot(env)
+        if slot.state is not EnvState.LOST:
+            self._with_desktop(env)
+        if slot.episode is None or slot.play is None:
+            raise NoEpisode(f"Env {env} has no episode{_why(slot)}.", hint="Reset it first.")
+        return slot.episode, slot.play
+
+    @asynccontextmanager
+    async def judging(self, episode: Episode) -> AsyncIterator[Judged]:
+        """The env's desktop, for as long as `episode` is judged: waits for the step that runs, ends the episode, and
+        lets no other step begin. Raises DesktopLost when the desktop is gone or a reset has taken it."""
+        slot = self._slot(episode.env)
+        while slot.busy:
+            await self._step_ended.wait()
+        with self._taken(slot, "its evaluation"):
+            if slot.episode is None or slot.episode.id != episode.id or slot.state is not EnvState.PLAYING:
+                raise _lost(episode.desktop_id)
+            self._end_episode(slot, EndReason.EVALUATED)
+            guest, desktop_id = self._guest(slot)
+            desktop = self._fleet.get(desktop_id)
+            assert desktop is not None
+            yield Judged(slot.episode, desktop, guest, self._fleet.cdp(desktop), self)
+
+    def context(self, desktop: Desktop, record: Callable[[SetupRecord], None]) -> Context:
+        """What steps of a set-up or a post-configuration need to run on `desktop`."""
+        return Context(
+            guest=self._fleet.guest(desktop),
+            cdp=self._fleet.cdp(desktop),
+            assets=self._assets,
+            settings=self._settings,
+            session=self._session,
+            record=record,
+            screen=self._settings.screen,
         )
 
     # -- resets, called by the queue ----------------------------------------------------------------------------
@@ -157,42 +245,115 @@ class Envs:
         slot.state, slot.detail, slot.desktop_id = EnvState.RESETTING, f"{job.id} is being served", None
         return desktop_id
 
-    async def begin(self, job: Job, reset: Reset, desktop: Desktop, phase: Callable[[str], None]) -> Beginning:
+    async def begin(self, job: Job, reset: Reset, desktop: Desktop, progress: Progress) -> Beginning:
         assert job.env is not None
-        slot = self._slot(job.env)
-        guest = self._fleet.guest(desktop)
+        episode_id, task = f"ep-{secrets.token_hex(6)}", reset.task
+        about = {
+            "episode_id": episode_id,
+            "env": job.env,
+            "job_id": job.id,
+            "task_id": task.id,
+            "task_hash": task.hash,
+            "desktop_id": desktop.id,
+            "provider": desktop.provider,
+            "screen": self._settings.screen,
+        }
+        bundle = await self._bundles.begin(episode_id, task=dict(task.raw), about=about)
+        try:
+            began = await self._begin(job, reset, desktop, progress, episode_id, bundle)
+        except BaseException as error:
+            if isinstance(error, EnvdError):
+                error.facts.setdefault("bundle", f"/v1/episodes/{episode_id}/bundle")
+                await bundle.about({"error": error.problem().model_dump(mode="json")})
+            with anyio.CancelScope(shield=True):
+                await bundle.guest_log(await self._fleet.log_tail(desktop.id))
+            bundle.close(outcome="no episode began")
+            raise
+        return began
+
+    async def _begin(
+        self, job: Job, reset: Reset, desktop: Desktop, progress: Progress, episode_id: str, bundle: Bundle
+    ) -> Beginning:
+        assert job.env is not None
+        slot, task = self._slot(job.env), reset.task
+        records: list[SetupRecord] = []
         warnings: list[str] = []
+        browser = [""]
 
-        async def prepare() -> tuple[bytes, tuple[int, int]]:
-            await setup.run(reset.task, guest, warnings.append)
-            phase("observe")
-            await anyio.sleep(self._settings.settle_seconds)
-            return await self._picture(guest)
+        def record(one: SetupRecord) -> None:
+            records.append(one)
+            progress.setup(one)
 
-        picture, size = await self._while_alive(desktop.id, prepare)
+        context = self.context(desktop, record)
+
+        async def prepare() -> tuple[bytes, Settled, tuple[int, int]]:
+            warnings.extend(await self._prepare_proxy(task, context))
+            await run_steps(task.steps, context)
+            progress.phase("observe")
+            try:
+                browser[0] = str((await context.cdp.version())["Browser"])[:100]
+            except EnvdError:
+                pass  # there are tasks that begin without Chrome
+            return await self.at_rest(context.guest, at_least=self._settings.settle_seconds)
+
+        try:
+            picture, settled, size = await self._while_alive(desktop.id, prepare)
+        finally:
+            await bundle.setup(records)
         # It may have died after its last answer and before this line, when nothing tied it to the env yet.
         now = self._fleet.get(desktop.id)
         if now is None or now.state is not DesktopState.IN_USE:
             raise _lost(desktop.id)
-        instruction = str(reset.task.get("instruction") or "")
+        warnings += warnings_of(records, "config")
+        if not settled.still:
+            warnings.append(f"the screen was still changing when it was first looked at, after {settled.seconds:.1f} s")
+        counts = reset.counts or self._settings.counts
+        timeout = reset.episode_timeout_s or self._settings.episode_timeout
+        began_at = time.time()
         episode = Episode(
-            id=f"ep-{secrets.token_hex(6)}",
+            id=episode_id,
             env=slot.id,
             desktop_id=desktop.id,
             task_id=job.task_id,
-            instruction=instruction[:INSTRUCTION_KEPT],
-            started_at=time.time(),
+            instruction=task.instruction[:INSTRUCTION_KEPT],
+            started_at=began_at,
             max_steps=reset.max_steps or self._settings.max_steps,
+            counts=counts,
+            deadline_at=began_at + timeout if timeout else None,
             screen=size,
             reset_path=job.reset_path or ResetPath.COLD,
         )
+        await bundle.frame(0, picture)
+        await bundle.about({"warnings": warnings, "settled": settled.model_dump(mode="json")})
         pixels = {"min_pixels": self._settings.min_pixels, "max_pixels": self._settings.max_pixels}
-        slot.dialogue = Dialogue(instruction, template=self._template, **pixels)
+        slot.dialogue = Dialogue(task.instruction, template=self._template, **pixels)
         slot.dialogue.saw(picture)
         slot.frame = Frame(*size, **pixels)
+        slot.play = Play(job.id, task, bundle, context.outputs, tuple(warnings), browser[0], context.proxied)
         slot.episode, slot.desktop_id, slot.state, slot.detail = episode, desktop.id, EnvState.PLAYING, ""
         self._tell(slot, "episode", state="began", episode_id=episode.id, warnings=warnings, message="episode began")
-        return Beginning(episode.id, tuple(warnings))
+        self.on_began(task)
+        return Beginning(episode.id, tuple(warnings), settled)
+
+    async def _prepare_proxy(self, task: Task, context: Context) -> list[str]:
+        """What a task's own `proxy` flag asks for, before its steps. Warnings."""
+        if not task.proxy:
+            return []
+        if self._settings.proxy_file is None:
+            return ["the task asks for a proxy and ENVD_PROXY_FILE is not set: it runs without one"]
+        try:
+            await proxy(context, {})
+        except EnvdError as error:
+            raise SetupFailed(
+                f"The proxy that the task asks for could not be made: {error.detail}", behind=error, step_type="proxy"
+            ) from error
+        return []
+
+    async def at_rest(self, guest: Guest, at_least: float = 0.0) -> tuple[bytes, Settled, tuple[int, int]]:
+        """The screen once it has settled, how that went, and the size of the screen."""
+        limits = {"quiet": self._settings.settle_quiet, "limit": self._settings.settle_limit}
+        picture, settled = await settle(guest.screenshot, at_least=at_least, **limits)
+        return picture, settled, _size(picture, guest)
 
     def abandon(self, env: int, job: Job) -> None:
         slot = self._slot(env)
@@ -209,16 +370,18 @@ class Envs:
         facts carry the action results).
         """
         slot = self._with_desktop(env)
-        if slot.episode is None or slot.dialogue is None:
+        if slot.episode is None or slot.dialogue is None or slot.play is None:
             raise NoEpisode(f"Env {env} has no episode.", hint="Reset it first.")
+        if not slot.episode.done and not slot.busy and _overdue(slot.episode):
+            self._end_episode(slot, EndReason.DEADLINE)
         if slot.episode.done:
             raise EpisodeOver(
                 f"The episode of env {env} ended: {slot.episode.end_reason}.",
                 hint="Evaluate it or reset the env.",
                 end_reason=slot.episode.end_reason,
             )
-        playing = _Playing(slot, slot.episode.id, slot.dialogue)
-        with self._taken(slot, "step"):
+        playing = _Playing(slot, slot.episode.id, slot.dialogue, slot.play.bundle)
+        with self._taken(slot, "a step"):
             guest, desktop_id = self._guest(slot)
             return await self._while_alive(desktop_id, lambda: self._step(playing, guest, request))
 
@@ -238,11 +401,18 @@ class Envs:
             if end or results[-1].outcome is ActionOutcome.UNKNOWN:
                 break
         acted = time.monotonic()
-        self._count_step(playing, end)
-        picture = await self._look(guest, results) if end is None or request.include_screenshot else None
-        episode = playing.episode
+        end = self._count_step(playing, end)
         said = request.prediction if request.prediction is not None else "\n\n".join(request.actions or ())
+        try:
+            picture = await self._look(guest, results) if end is None or request.include_screenshot else None
+        except EnvdError as error:
+            ran = error.facts.get("actions", [])
+            await playing.bundle.step({"step": playing.episode.steps, "actions": ran, "error": str(error)}, said)
+            raise
+        episode = playing.episode
         playing.dialogue.said(said)
+        if not problem and self._settings.format_reward == "shaped":
+            format_reward = shaped_reward(planned, seen=picture is not None and end is None)
         if picture is not None and end is None:
             playing.dialogue.saw(picture)
         result = StepResult(
@@ -257,6 +427,9 @@ class Envs:
             seconds={"act": round(acted - began, 4), "observe": round(time.monotonic() - acted, 4)},
             screenshot=base64.b64encode(picture).decode() if picture and request.include_screenshot else None,
         )
+        if picture is not None:
+            await playing.bundle.frame(result.step, picture)
+        await playing.bundle.step(result, said)
         self._tell_step(playing.slot, result)
         return result
 
@@ -305,19 +478,23 @@ class Envs:
         )
 
     def _count_action(self, playing: _Playing, step: Step) -> EndReason | None:
-        """Count as the servers before did: actions, not predictions."""
         episode = playing.change(actions=playing.episode.actions + 1)
         if step is Special.DONE:
             return EndReason.DONE
         if step is Special.FAIL:
             return EndReason.FAIL
-        return EndReason.MAX_STEPS if episode.actions >= episode.max_steps else None
+        full = episode.counts == "actions" and episode.actions >= episode.max_steps
+        return EndReason.MAX_STEPS if full else None
 
-    def _count_step(self, playing: _Playing, end: EndReason | None) -> None:
-        changes: dict[str, Any] = {"steps": playing.episode.steps + 1}
+    def _count_step(self, playing: _Playing, end: EndReason | None) -> EndReason | None:
+        episode = playing.change(steps=playing.episode.steps + 1)
+        if end is None and episode.counts == "predictions" and episode.steps >= episode.max_steps:
+            end = EndReason.MAX_STEPS
+        if end is None and _overdue(episode):
+            end = EndReason.DEADLINE
         if end is not None:
-            changes |= {"done": True, "end_reason": end}
-        playing.change(**changes)
+            playing.change(done=True, end_reason=end)
+        return end
 
     async def _look(self, guest: Guest, results: list[ActionResult]) -> bytes:
         try:
@@ -332,11 +509,7 @@ class Envs:
     async def _picture(guest: Guest) -> tuple[bytes, tuple[int, int]]:
         """A screenshot and its size: one that cannot be opened is an error, never an observation."""
         picture = await guest.screenshot()
-        try:
-            with Image.open(io.BytesIO(picture), formats=("PNG", "JPEG")) as image:
-                return picture, image.size
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise GuestMisbehaved(f"{guest.url}/screenshot answered a broken picture: {error}") from error
+        return picture, _size(picture, guest)
 
     # -- one env ------------------------------------------------------------------------------------------------
 
@@ -357,8 +530,7 @@ class Envs:
         if slot.state is EnvState.LOST:
             raise DesktopLost(f"The desktop of env {env} is gone: {slot.detail}.", hint="Reset the env.")
         if slot.state is EnvState.EMPTY:
-            why = f" ({slot.detail})" if slot.detail else ""
-            raise NoEpisode(f"Env {env} has no episode{why}.", hint="Reset it first.")
+            raise NoEpisode(f"Env {slot.id} has no episode{_why(slot)}.", hint="Reset it first.")
         return slot
 
     def _guest(self, slot: _Slot) -> tuple[Guest, str]:
@@ -370,9 +542,7 @@ class Envs:
     @contextmanager
     def _taken(self, slot: _Slot, what: str) -> Iterator[None]:
         if slot.busy:
-            raise EnvBusy(
-                f"Env {slot.id} is in the middle of a {what}.", hint="Send one call at a time.", retry_after=1
-            )
+            raise EnvBusy(f"Env {slot.id} is in the middle of {what}.", hint="Send one call at a time.", retry_after=1)
         slot.busy = True
         try:
             yield
@@ -414,7 +584,10 @@ class Envs:
             slot.episode = slot.episode.model_copy(update={"done": True, "end_reason": reason})
             self._tell_end(slot)
         if reason is EndReason.REPLACED:
-            slot.episode = slot.dialogue = slot.frame = None
+            if slot.play is not None:
+                slot.play.replaced = True
+                slot.play.bundle.close()
+            slot.episode = slot.dialogue = slot.play = slot.frame = None
 
     def _tell_end(self, slot: _Slot) -> None:
         assert slot.episode is not None
@@ -426,6 +599,35 @@ class Envs:
     def _tell(self, slot: _Slot, kind: str, **data: Any) -> None:
         episode_id = slot.episode.id if slot.episode else None
         self._events.publish(kind, env=slot.id, desktop_id=slot.desktop_id, **{"episode_id": episode_id, **data})
+
+
+def warnings_of(records: list[SetupRecord], where: str) -> list[str]:
+    """What was passed over in steps that stand under `where` in the task."""
+    passed_over = [record for record in records if record.outcome is SetupOutcome.WARNING]
+    return [f"{where}[{record.index}] {record.type}: {record.detail}" for record in passed_over]
+
+
+def shaped_reward(planned: tuple[Step, ...], *, seen: bool) -> float:
+    """What one older server gave for a prediction that parses: 0.10, and 0.05 if it begins with an action in the GUI,
+    0.10 if it finishes, 0.05 if the episode goes on."""
+    acts = bool(planned) and not isinstance(planned[0], Special)
+    return round(0.10 + 0.05 * acts + 0.10 * (Special.DONE in planned) + 0.05 * seen, 2)
+
+
+def _overdue(episode: Episode) -> bool:
+    return episode.deadline_at is not None and time.time() >= episode.deadline_at
+
+
+def _why(slot: _Slot) -> str:
+    return f" ({slot.detail})" if slot.detail else ""
+
+
+def _size(picture: bytes, guest: Guest) -> tuple[int, int]:
+    try:
+        with Image.open(io.BytesIO(picture), formats=("PNG", "JPEG")) as image:
+            return image.size
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise GuestMisbehaved(f"{guest.url}/screenshot answered a broken picture: {error}") from error
 
 
 def _lost(desktop_id: str) -> DesktopLost:

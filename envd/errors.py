@@ -4,7 +4,7 @@
     ├── StartError            the daemon cannot start: bad settings, port taken, second daemon, missing package
     ├── RequestError          the caller must change something            fault: client
     │   └── MalformedJson, InvalidRequest, BodyTooLarge, NotFound, MethodNotAllowed, UnknownEnv, UnknownJob,
-    │       NoEpisode, EpisodeOver, EnvBusy, JobCancelled, JobSuperseded
+    │       NoEpisode, EpisodeOver, EnvBusy, JobCancelled, JobSuperseded, EvaluationCancelled
     ├── CapacityError         nobody can be served just now               fault: capacity
     │   └── QueueFull, Draining, StillBooting, JobExpired, TooManyWatchers
     ├── InfraError            a machine or a library failed               fault: infra
@@ -60,7 +60,7 @@ class EnvdError(Exception):
 
     code: ClassVar[str] = "error"
     title: ClassVar[str] = "Error"
-    status: ClassVar[int] = 500
+    status: int = 500
     fault: Fault = Fault.INFRA
     retryable: bool = False
 
@@ -206,6 +206,12 @@ class JobCancelled(RequestError):
 class JobSuperseded(RequestError):
     code = "job_superseded"
     title = "A newer reset of the same env took this one's place"
+    status = 409
+
+
+class EvaluationCancelled(RequestError):
+    code = "evaluation_cancelled"
+    title = "The evaluation was cancelled"
     status = 409
 
 

@@ -1,11 +1,12 @@
-"""Everything below HTTP, put together: driver, fleet, queue, envs, events. What the app calls and the daemon
-supervises."""
+"""Everything below HTTP, put together: driver, fleet, queue, envs, evaluations, events. What the app calls and the
+daemon supervises."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
@@ -15,15 +16,20 @@ import structlog
 from .actions.dialogue import DEFAULT_TEMPLATE, PromptTemplate
 from .boot.fleet import Fleet
 from .boot.queue import BootQueue, Reset
+from .bundles import Bundles
 from .drivers import make_driver
 from .drivers.base import Driver
 from .episodes import Envs
-from .errors import Draining, EnvBusy, SettingsError
+from .errors import Draining, EnvBusy, InvalidRequest, SettingsError
+from .evaluations import Evaluations
 from .events import EventLog
-from .models import Env, Job, StepRequest, StepResult
+from .models import Env, Job, StepRequest, StepResult, Verdict
 from .settings import Settings
 from .store import MemoryStore, Store
-from .tasks import setup
+from .tasks.abilities import Abilities
+from .tasks.assets import Assets
+from .tasks.evaluating import Evaluators
+from .tasks.schema import parse
 
 logger = structlog.get_logger(__name__)
 
@@ -41,6 +47,9 @@ class Service:
         store: Store,
         events: EventLog,
         session: aiohttp.ClientSession,
+        assets: Assets,
+        bundles: Bundles,
+        evaluators: Evaluators,
         daemon_id: str,
     ) -> None:
         self.settings = settings
@@ -49,7 +58,11 @@ class Service:
         self.events = events
         self.daemon_id = daemon_id
         self.fleet = Fleet(driver, settings, events, session, daemon_id)
-        self.envs = Envs(settings, self.fleet, events, load_template(settings))
+        self.bundles = bundles
+        self.envs = Envs(settings, self.fleet, events, load_template(settings), assets, bundles, session)
+        self.evaluations = Evaluations(settings, driver, self.envs, store, bundles, evaluators, events)
+        self.evaluators = evaluators
+        self.abilities = Abilities.of(settings, has_asset=assets.has_now, ocr=evaluators.ocr)
         self.queue = BootQueue(settings, self.fleet, self.envs, store, events)
         self.started_at = time.time()
         self.draining = anyio.Event()
@@ -63,9 +76,11 @@ class Service:
         """
         try:
             async with anyio.create_task_group() as tasks:
-                recovered, consuming = anyio.Event(), anyio.Event()
+                recovered, judging, consuming = anyio.Event(), anyio.Event(), anyio.Event()
                 tasks.start_soon(self.fleet.run, recovered)
                 await recovered.wait()
+                tasks.start_soon(self.evaluations.run, judging)
+                await judging.wait()
                 tasks.start_soon(self.queue.run, consuming)
                 await consuming.wait()
                 wanted = self.settings.prewarm
@@ -88,6 +103,7 @@ class Service:
         self.draining.set()
         with anyio.move_on_after(self.settings.drain_seconds):
             await self.envs.idle()
+            await self.evaluations.idle()
         self.queue.close()
         with anyio.move_on_after(1):
             await self.queue.idle()
@@ -95,15 +111,15 @@ class Service:
 
     # -- what the routes call -----------------------------------------------------------------------------------
 
-    async def reset(self, env: int, reset: Reset) -> Job:
-        """Accept a reset: the job is kept as durably as the store can before this returns.
+    async def reset(self, env: int, task: Mapping[str, Any], how: Reset | None = None) -> Job:
+        """Accept a reset to `task`, an OSWorld task file, played as `how` says: the job is kept as durably as the store
+        can before this returns.
 
-        Raises UnknownEnv, TaskInvalid, QueueFull, Draining; none of them changes anything.
+        Raises UnknownEnv, TaskInvalid, MissingRequirement, QueueFull, Draining; none of them changes anything.
         """
         self.refuse_when_draining()
         self.envs.env(env)
-        setup.check(reset.task)
-        job = self.queue.submit(env, reset)
+        job = self.queue.submit(env, replace(how or Reset(), task=parse(task, self.abilities)))
         await self.store.commit()
         return job
 
@@ -123,6 +139,18 @@ class Service:
                 f"A reset of env {env} waits ({waiting.id}).", hint="Wait for it or cancel it.", retry_after=1
             )
         return await self.envs.step(env, request)
+
+    async def evaluate(self, env: int) -> Verdict:
+        """See `Evaluations.evaluate`."""
+        self.refuse_when_draining()
+        return await self.evaluations.evaluate(env)
+
+    def refuse_other_screen(self, screen: tuple[int, int] | None) -> None:
+        """Raise InvalidRequest unless desktops have the screen that a caller counts on."""
+        if screen is not None and screen != self.settings.screen:
+            have, want = ("x".join(map(str, size)) for size in (self.settings.screen, screen))
+            message = f"desktops of this server have {have}, not {want}; ENVD_SCREEN sets it"
+            raise InvalidRequest(f"screen: {message}.", errors=[{"field": "screen", "message": message}])
 
     def env(self, env: int) -> Env:
         running, waiting = self.queue.of_env(env)
@@ -175,9 +203,15 @@ async def open_service(settings: Settings, daemon_id: str, driver: Driver | None
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
     async with (
         aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session,
-        driver or make_driver(settings, daemon_id) as opened,
+        Bundles.open(settings) as bundles,
     ):
-        yield Service(settings, opened, store, EventLog(store), session, daemon_id)
+        assets = Assets(settings, session)
+        await assets.load()
+        async with (
+            Evaluators.open(settings, assets, session) as evaluators,
+            driver or make_driver(settings, daemon_id) as opened,
+        ):
+            yield Service(settings, opened, store, EventLog(store), session, assets, bundles, evaluators, daemon_id)
 
 
 def load_template(settings: Settings) -> PromptTemplate:

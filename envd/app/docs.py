@@ -16,7 +16,7 @@ from starlette.routing import BaseRoute, Route
 
 from .. import __version__
 from ..errors import Problem, StartError, error_classes
-from ..models import Env, Event, Job, ResetRequest, StepRequest, StepResult
+from ..models import Env, Event, Job, ResetRequest, StepRequest, StepResult, Verdict
 from . import legacy, v1
 from .sse import EventStream
 
@@ -28,6 +28,7 @@ MODELS: tuple[type[BaseModel], ...] = (
     ResetRequest,
     StepRequest,
     StepResult,
+    Verdict,
     legacy.LegacyReset,
     legacy.LegacyStep,
     legacy.Slot,
@@ -44,6 +45,8 @@ ANSWERS: dict[str, tuple[int, type[BaseModel]]] = {
     "/v1/envs/{env}": (200, Env),
     "/v1/envs/{env}/reset": (202, Job),
     "/v1/envs/{env}/step": (200, StepResult),
+    "/v1/envs/{env}/evaluate": (200, Verdict),
+    "/v1/episodes/{episode}/verdict": (200, Verdict),
     "/v1/jobs/{job}": (200, Job),
     "/v1/jobs/{job}/cancel": (202, Job),
     "/v1/prewarm": (202, Job),
@@ -87,6 +90,8 @@ def _operation(route: Route, method: str) -> dict[str, Any]:
         content: dict[str, Any] = {"text/event-stream": {}}
     elif path.endswith("/screenshot"):
         content = {"image/png": {}}
+    elif path.endswith("/bundle"):
+        content = {"application/x-tar": {}}
     elif path in ("/docs", "/errors"):
         content = {"text/html": {}}
     else:
@@ -101,7 +106,7 @@ def _operation(route: Route, method: str) -> dict[str, Any]:
 def _parameters(path: str, method: str) -> list[dict[str, Any]]:
     in_path = [
         {"name": name, "in": "path", "required": True, "schema": {"type": kind}}
-        for name, kind in (("env", "integer"), ("job", "string"))
+        for name, kind in (("env", "integer"), ("job", "string"), ("episode", "string"))
         if f"{{{name}}}" in path
     ]
     queries = QUERIES.get(path, ()) if method == "GET" else ()

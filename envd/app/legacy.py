@@ -18,7 +18,6 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ..actions.dialogue import Dialogue
-from ..boot.queue import Reset
 from ..errors import (
     Draining,
     EpisodeOver,
@@ -29,6 +28,7 @@ from ..errors import (
     StillBooting,
     from_problem,
 )
+from ..evaluations import error_of
 from ..models import EnvState, Job, JobState, StepRequest
 from .bodies import hold, number_in_query, read_model, service_of
 
@@ -67,7 +67,7 @@ async def reset(request: Request) -> Response:
     """Reset and wait for the observation. The job behind it goes on when the caller leaves or the wait runs out."""
     asked = await read_model(request, LegacyReset)
     service = service_of(request)
-    job = await service.reset(asked.slot_id, Reset(task=asked.task_config))
+    job = await service.reset(asked.slot_id, asked.task_config)
     job = await _ended(request, job)
     if job.state is not JobState.SUCCEEDED:
         raise _failure(job)
@@ -131,9 +131,12 @@ async def step(request: Request) -> Response:
 
 
 async def evaluate(request: Request) -> Response:
-    """A bare number or a problem; never a number for a failure."""
+    """A bare number or a problem; never a number for a failure. Found once: whoever asks again is answered the same."""
     asked = await read_model(request, Slot)
-    service_of(request).envs.evaluate(asked.slot_id)
+    verdict = await service_of(request).evaluate(asked.slot_id)
+    if verdict.score is None:
+        raise error_of(verdict)
+    return JSONResponse(verdict.score)
 
 
 async def history(request: Request) -> Response:

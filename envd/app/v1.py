@@ -6,13 +6,13 @@ import math
 import re
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from .. import __version__
 from ..boot.queue import Reset
 from ..errors import InvalidRequest
-from ..models import Job, JobState, ResetRequest, StepRequest
+from ..models import Job, JobState, ResetRequest, StepRequest, Verdict
 from ..settings import effective
 from .bodies import env_of, hold, number_in_query, read_json, read_model, service_of
 from .sse import EventStream
@@ -26,6 +26,10 @@ def job_json(job: Job, status: int = 200, headers: dict[str, str] | None = None)
     return JSONResponse(body, status, {"ETag": f'"{job.version}"', "Cache-Control": "no-store", **(headers or {})})
 
 
+def verdict_json(verdict: Verdict) -> Response:
+    return JSONResponse(verdict.model_dump(mode="json") | {"links": verdict.links})
+
+
 def accepted(job: Job) -> Response:
     """202 with where to look, and when looking first makes sense."""
     soon = min(30, math.ceil((job.eta_s or 0) / 4) + 1)
@@ -36,9 +40,14 @@ async def reset(request: Request) -> Response:
     """Ask for a clean desktop with a task set up on it. An identical reset joins the job that runs or waits."""
     asked = await read_model(request, ResetRequest)
     service = service_of(request)
-    job = await service.reset(
-        env_of(request), Reset(task=asked.task, max_steps=asked.max_steps, queue_timeout_s=asked.queue_timeout_s)
+    service.refuse_other_screen(asked.screen)
+    how = Reset(
+        max_steps=asked.max_steps,
+        counts=asked.counts,
+        episode_timeout_s=asked.episode_timeout_s,
+        queue_timeout_s=asked.queue_timeout_s,
     )
+    job = await service.reset(env_of(request), asked.task, how)
     return accepted(service.queue.get(job.id))
 
 
@@ -128,9 +137,28 @@ async def history(request: Request) -> Response:
 
 
 async def evaluate(request: Request) -> Response:
-    """Judge the episode. This version has no evaluators, and says so instead of making up a number."""
+    """Judge the episode with its task's own evaluator: a verdict, with a score or with the reason why there is none.
+    Found once: whoever asks again is answered the same."""
     await read_json(request)
-    service_of(request).envs.evaluate(env_of(request))
+    return verdict_json(await service_of(request).evaluate(env_of(request)))
+
+
+async def verdict(request: Request) -> Response:
+    """The verdict of an episode that was evaluated, of any env, for as long as its evidence is kept."""
+    return verdict_json(await service_of(request).evaluations.verdict(request.path_params["episode"]))
+
+
+async def bundle(request: Request) -> Response:
+    """The evidence that an episode left, as one archive."""
+    episode_id = request.path_params["episode"]
+    parts = await service_of(request).bundles.archive(episode_id)
+    headers = {"Content-Disposition": f'attachment; filename="{episode_id}.tar"', "Cache-Control": "no-store"}
+    return StreamingResponse(parts, media_type="application/x-tar", headers=headers)
+
+
+async def episodes(request: Request) -> Response:
+    """Ids of the episodes whose evidence is kept, the newest first."""
+    return JSONResponse({"episodes": await service_of(request).bundles.ids()})
 
 
 async def livez(request: Request) -> Response:
@@ -168,6 +196,9 @@ routes = [
     Route("/v1/envs/{env}/evaluate", evaluate, methods=["POST"]),
     Route("/v1/envs/{env}/screenshot", screenshot),
     Route("/v1/envs/{env}/history", history),
+    Route("/v1/episodes", episodes),
+    Route("/v1/episodes/{episode}/verdict", verdict),
+    Route("/v1/episodes/{episode}/bundle", bundle),
     Route("/v1/jobs", jobs),
     Route("/v1/jobs/{job}", job),
     Route("/v1/jobs/{job}/cancel", cancel, methods=["POST"]),

@@ -105,6 +105,10 @@ class Fleet:
         assert desktop.endpoints is not None
         return Guest(self._session, desktop.endpoints.guest)
 
+    def cdp(self, desktop: Desktop) -> Cdp:
+        assert desktop.endpoints is not None
+        return Cdp(self._session, desktop.endpoints.cdp)
+
     async def lost(self, desktop_id: str) -> None:
         """Return once the desktop has died or is no longer ours."""
         if entry := self._entries.get(desktop_id):
@@ -210,7 +214,7 @@ class Fleet:
             "phase": phase,
             "phases": phases,
             "probes": {name: f"{probe.result}: {probe.detail}" for name, probe in probes.items()},
-            "log": list(await self._log_tail(desktop_id)),
+            "log": list(await self.log_tail(desktop_id)),
         }
         if isinstance(error, TimeoutError):
             missing = " and ".join(name for name, probe in probes.items() if not probe.passed) or "its instance"
@@ -222,7 +226,8 @@ class Fleet:
         kind = type(error) if isinstance(error, BootFailed) else BootFailed
         return kind(error.detail, hint=error.hint, retry_after=error.retry_after, **{**error.facts, **facts})
 
-    async def _log_tail(self, desktop_id: str) -> tuple[str, ...]:
+    async def log_tail(self, desktop_id: str) -> tuple[str, ...]:
+        """The last lines of its instance, within two seconds; empty when they cannot be had."""
         with anyio.move_on_after(2):
             try:
                 return tuple(line[:LOG_LINE] for line in await self._ask(self.driver.log_tail(desktop_id)))

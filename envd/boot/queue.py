@@ -17,7 +17,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import math
 import secrets
@@ -49,6 +48,7 @@ from ..models import (
 )
 from ..settings import Settings
 from ..store import Store
+from ..tasks.task import NO_TASK, Task
 from .estimates import Estimates
 from .fleet import Fleet, is_cancelled
 
@@ -93,7 +93,7 @@ class Beginning:
 class Reset:
     """What a caller asked for."""
 
-    task: dict[str, Any] = field(default_factory=dict)
+    task: Task = NO_TASK
     max_steps: int | None = None
     counts: Counts | None = None
     episode_timeout_s: float | None = None
@@ -102,9 +102,8 @@ class Reset:
     @property
     def fingerprint(self) -> str:
         """The same for resets that would give the same episode."""
-        asked = [self.task, self.max_steps, self.counts, self.episode_timeout_s]
-        canonical = json.dumps(asked, sort_keys=True, default=str)
-        return hashlib.sha256(canonical.encode()).hexdigest()
+        asked = [self.task.hash, self.max_steps, self.counts, self.episode_timeout_s]
+        return json.dumps(asked)
 
 
 @dataclass(eq=False)
@@ -239,13 +238,12 @@ class BootQueue:
 
     def _accept(self, kind: JobKind, env: int | None, reset: Reset) -> _Ticket:
         now, began = time.time(), time.monotonic()
-        task_id = reset.task.get("id") or reset.task.get("task_id")
         job = Job(
             id=f"job-{secrets.token_hex(6)}",
             kind=kind,
             env=env,
             created_at=now,
-            task_id=str(task_id) if task_id else None,
+            task_id=reset.task.id,
             phases=(Phase(name="queue", started_at=now),),
         )
         patience = reset.queue_timeout_s or self._settings.queue_timeout

@@ -65,6 +65,11 @@ class Driver(ABC):
     name: ClassVar[str]
     traits: ClassVar[Traits] = Traits()
 
+    @property
+    def image(self) -> str:
+        """What its desktops are made of, as a verdict's provenance names it."""
+        return self.name
+
     @abstractmethod
     async def __aenter__(self) -> Self:
         """Check that the provider can be used at all. Raises StartError (MissingDependency, SettingsError) with what

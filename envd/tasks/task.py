@@ -59,3 +59,7 @@ class Task:
         """sha256 of the file as canonical JSON: sorted keys, no blanks, UTF-8."""
         text = json.dumps(self.raw, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode(errors="surrogatepass")).hexdigest()
+
+
+NO_TASK = Task(raw={}, id=None, instruction="", steps=(), evaluator=None)
+"""A clean desktop and nothing to do on it."""
