@@ -299,19 +299,19 @@ async def test_a_command_that_fails_is_a_warning(kind: str, answer: Any, warning
 
 
 @pytest.mark.parametrize(
-    "answer",
+    ("answer", "cause"),
     [
-        pytest.param(broken_down(), id="endpoint broken down"),
-        pytest.param(web.json_response({"returncode": 0}), id="no status"),
-        pytest.param(web.json_response({"status": "success"}), id="no return code"),
-        pytest.param(said("ok"), id="text"),
-        pytest.param(None, id="breaks off"),
+        pytest.param(broken_down(), "guest_misbehaved", id="endpoint broken down"),
+        pytest.param(web.json_response({"returncode": 0}), "guest_misbehaved", id="no status"),
+        pytest.param(web.json_response({"status": "success"}), "guest_misbehaved", id="no return code"),
+        pytest.param(said("ok"), "guest_misbehaved", id="text"),
+        pytest.param(None, "guest_unreachable", id="breaks off"),
     ],
 )
-async def test_a_command_of_which_nothing_is_known_is_a_failure(answer: Any) -> None:
+async def test_a_command_of_which_nothing_is_known_is_a_failure(answer: Any, cause: str) -> None:
     async with playing(answers={"/execute": answer}) as (guest, context):
-        assert (await failure_of(context, step("execute", command="ls"))).fault is Fault.INFRA
-    assert len(guest.calls) == 1
+        failure = await failure_of(context, step("execute", command="ls"))
+    assert (failure.fault, failure.facts["cause"], len(guest.calls)) == (Fault.INFRA, cause, 1)
 
 
 async def test_what_a_guest_says_is_cut() -> None:
@@ -487,7 +487,8 @@ async def test_a_guest_without_wmctrl_is_believed(answer: Any, warning: str) -> 
 
 async def test_a_guest_that_breaks_down_over_a_window_is_not_passed_over() -> None:
     async with playing(answers={"/setup/close_window": broken_down()}) as (_, context):
-        assert (await failure_of(context, step("close_window", window_name="x"))).fault is Fault.INFRA
+        failure = await failure_of(context, step("close_window", window_name="x"))
+    assert (failure.fault, failure.facts["cause"]) == (Fault.INFRA, "guest_misbehaved")
 
 
 @pytest.mark.parametrize("size", [0, 5, 3_000_000])
@@ -507,29 +508,36 @@ async def test_download_brings_files_to_where_the_task_wants_them(
 
 
 @pytest.mark.parametrize(
-    ("answers", "fault", "says"),
+    ("answers", "uploads", "fault", "says"),
     [
         pytest.param(
             {"/setup/upload": broken_down(), "/execute": ran(error="Permission denied", returncode=1)},
+            1,
             Fault.TASK,
             "cannot make the folder /root: Permission denied",
             id="folder forbidden",
         ),
-        pytest.param({"/setup/upload": broken_down()}, Fault.INFRA, "answered 500", id="no better with a folder"),
-        pytest.param({"/setup/upload": said("File Uploaded: 1 bytes")}, Fault.INFRA, "1 of 3 bytes", id="half of it"),
+        pytest.param({"/setup/upload": broken_down()}, 2, Fault.INFRA, "answered 500", id="no better with a folder"),
+        pytest.param(
+            {"/setup/upload": said("File Uploaded: 1 bytes")}, 1, Fault.INFRA, "1 of 3 bytes", id="half of it"
+        ),
         pytest.param(
             {"/setup/upload": web.json_response({"error": "No space left"}, status=500)},
+            1,
             Fault.TASK,
             "No space left",
             id="disk full",
         ),
     ],
 )
-async def test_a_file_that_does_not_arrive_fails(answers: Any, fault: Fault, says: str, tmp_path: Path) -> None:
+async def test_a_file_that_does_not_arrive_fails(
+    answers: Any, uploads: int, fault: Fault, says: str, tmp_path: Path
+) -> None:
     (tmp_path / "a").write_bytes(b"abc")
-    async with playing(files=tmp_path, answers=answers) as (_, context):
+    async with playing(files=tmp_path, answers=answers) as (guest, context):
         failure = await failure_of(context, step("download", files=[{"url": "http://files/a", "path": "/root/a"}]))
     assert (failure.fault, says in failure.detail) == (fault, True), failure.detail
+    assert [path for path, _ in guest.calls].count("/setup/upload") == uploads
 
 
 async def test_a_file_that_cannot_be_had_is_not_the_tasks_fault(tmp_path: Path) -> None:
