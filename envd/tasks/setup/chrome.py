@@ -30,7 +30,11 @@ PROXY = "http://127.0.0.1:18888"
 
 BLANK = frozenset({"", "about:blank", "chrome://newtab/", "chrome://new-tab-page/"})
 
-LOADED = "new Promise(done => document.readyState == 'complete' ? done() : addEventListener('load', () => done()))"
+LOADED = """new Promise(done => {
+    const loaded = () => done(performance.timeOrigin);
+    document.readyState == 'complete' ? loaded() : addEventListener('load', loaded);
+})"""
+"""Answers when the page began, which tells it from the next one."""
 
 _GENERIC = frozenset({"ac", "co", "com", "edu", "go", "gov", "ne", "net", "or", "org"})
 """Second-level names under which countries sell domains: co.uk, com.sg."""
@@ -73,11 +77,12 @@ async def new_tab(browser: Browser) -> str:
     return await browser.attach(target)
 
 
-async def visit(browser: Browser, session: str, url: str, timeout: float = LOAD_SECONDS) -> str:
+async def visit(browser: Browser, session: str, url: str, timeout: float) -> str:
     """Go to `url` and wait until it has loaded, wherever it leads. Answers what went wrong, or "": pages fail for
     reasons of their own. Raises GuestUnreachable when Chrome itself is gone."""
     failure: EnvdError | None = None
     warning = ""
+    await browser.send("Page.enable", session_id=session)  # or a page does not tell of its dialogs
     async with anyio.create_task_group() as tasks:
         tasks.start_soon(_dismiss_dialogs, browser, session)
         try:
@@ -107,21 +112,23 @@ async def _go(browser: Browser, session: str, url: str) -> str:
 async def _dismiss_dialogs(browser: Browser, session: str) -> None:
     """A page that asks something while it loads would wait for ever. It is told no, as upstream's driver does."""
     with browser.events("Page.javascriptDialogOpening", session) as dialogs, suppress(EnvdError):
-        await browser.send("Page.enable", session_id=session)
         async for _ in dialogs:
             await browser.send("Page.handleJavaScriptDialog", {"accept": False}, session_id=session)
 
 
 async def loaded(browser: Browser, session: str) -> None:
-    """Return when the page has loaded. Has no deadline of its own: a page may load for ever."""
+    """Return when the page has loaded, and is still there a moment later: some only send their visitors on. Has no
+    deadline of its own: a page may load for ever."""
+    before = None
     while True:
         try:
-            await evaluate(browser, session, LOADED)
+            page = await evaluate(browser, session, LOADED)
         except GuestMisbehaved:
-            # The page went on to the next one while it was asked.
-            await anyio.sleep(PAUSE)
-        else:
+            page = None  # it went on while it was asked
+        if page is not None and page == before:
             return
+        before = page
+        await anyio.sleep(PAUSE)
 
 
 async def evaluate(browser: Browser, session: str, expression: str) -> Any:
@@ -145,7 +152,7 @@ async def open_tabs(context: Context, parameters: Parameters) -> str:
 
     async def load(index: int, session: str) -> None:
         try:
-            warnings[index] = await visit(browser, session, urls[index])
+            warnings[index] = await visit(browser, session, urls[index], LOAD_SECONDS)
         except EnvdError as error:
             broken.append(error)
 

@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field, ValidationError
 from ...errors import GuestMisbehaved, MissingRequirement, TaskInvalid
 from ...guest import Browser
 from ..task import Parameters
-from .chrome import PAUSE, answering, evaluate, loaded, new_tab, visit
+from .chrome import LOAD_SECONDS, PAUSE, answering, evaluate, loaded, new_tab, visit
 from .context import Context, Run
 from .drive import API, Drive, several
 
@@ -45,7 +45,7 @@ async def login(context: Context, parameters: Parameters, *, page: str = DRIVE_P
     await answering(context)
     async with context.cdp.browser() as browser:
         session = await new_tab(browser)
-        if problem := await visit(browser, session, page):
+        if problem := await visit(browser, session, page, LOAD_SECONDS):
             raise GuestMisbehaved(f"Google's login was not reached: {problem}")
         if await _is_at(browser, session, page):
             return "was logged in already"
