@@ -605,7 +605,7 @@ async def test_a_step_that_fails_fails_the_reset_and_its_desktop_is_not_used_aga
 
 
 async def test_a_desktop_that_dies_during_set_up_fails_the_reset_as_lost() -> None:
-    async with serving() as served:
+    async with serving(setup_attempts=1) as served:
         sleep = {"type": "sleep", "parameters": {"seconds": 600}}
         _, job = await served.post("/v1/envs/0/reset", {"task": {"config": [sleep]}})
         sleeping = await served.in_state(job["id"], "setting_up")
