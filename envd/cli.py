@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Coroutine
+from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -21,6 +22,11 @@ app = typer.Typer(
     add_completion=True,
 )
 
+tasks = typer.Typer(help="Look at task files.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(tasks, name="tasks")
+
+Paths = Annotated[list[Path], typer.Argument(metavar="PATH", help="Task files, and folders that hold some.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Url = Annotated[str | None, typer.Option("--url", help="The server; default ENVD_URL, else http://127.0.0.1:15001.")]
 
 
@@ -91,6 +97,51 @@ def prewarm(url: Url = None) -> None:
     async def run() -> int:
         async with Client(server(url)) as client:
             return await follow(client, (await client.prewarm()).id)
+
+    raise SystemExit(talk(run()))
+
+
+@tasks.command()
+def check(paths: Paths, as_json: Json = False) -> None:
+    """Say which tasks can be run with these settings, and what each of them needs.
+
+    Exit codes: 0 all can, 1 some cannot, 2 no task file was found.
+    """
+    from .settings import load
+    from .tasks.check import check as look
+
+    async def run() -> int:
+        return await look(paths, load(), as_json=as_json)
+
+    raise SystemExit(talk(run()))
+
+
+@tasks.command()
+def prefetch(paths: Paths) -> None:
+    """Download the files that tasks need into the server's cache.
+
+    May run beside the server. Exit codes: 0 all are there, 1 some are missing.
+    """
+    from .settings import load
+    from .tasks.prefetch import prefetch as fetch
+
+    async def run() -> int:
+        return await fetch(paths, load())
+
+    raise SystemExit(talk(run()))
+
+
+@app.command()
+def rescore(
+    bundle: Annotated[Path, typer.Argument(help="An episode's evidence: its folder, or the archive of it.")],
+    as_json: Json = False,
+) -> None:
+    """Run the grader again on what it saw, and compare the scores."""
+    from .rescore import rescore as again
+    from .settings import load
+
+    async def run() -> int:
+        return await again(bundle, load(), as_json=as_json)
 
     raise SystemExit(talk(run()))
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import catalog, needs
+from .mirrors import parse_mirrors
 from .task import Task
 
 if TYPE_CHECKING:
@@ -33,12 +35,16 @@ class Abilities:
 
     @classmethod
     def of(cls, settings: Settings, *, has_asset: Callable[[str], bool] | None = None, ocr: bool = False) -> Abilities:
-        """Pure: whether the files that settings name can be read is found out by those who read them."""
+        """Opens nothing: whether the files that settings name can be read is found out by those who read them.
+
+        Raises SettingsError for a mirror that is none."""
         return cls(
             google_drive=settings.google_credentials is not None,
             google_login=settings.google_account is not None,
             proxy=settings.proxy_file is not None,
-            folders=tuple(mirror for mirror in settings.asset_mirrors if "://" not in mirror),
+            folders=tuple(
+                str(mirror.base) for mirror in parse_mirrors(settings.asset_mirrors) if isinstance(mirror.base, Path)
+            ),
             offline=settings.offline,
             has_asset=has_asset,
             ocr=ocr,
@@ -71,3 +77,8 @@ class Abilities:
         if use.url and self.offline and self.has_asset and not self.has_asset(use.url):
             return f"{use.url[:300]} is not in the cache, and ENVD_OFFLINE is set; run `envd tasks prefetch` first"
         return ""
+
+
+def has_ocr(interpreter: Path) -> bool:
+    """Whether the evaluators of this Python have what the metric compare_image_text needs. Blocks."""
+    return any(interpreter.parent.parent.glob("lib/python3*/site-packages/easyocr/__init__.py"))
