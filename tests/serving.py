@@ -1,15 +1,19 @@
 """A whole daemon in the test's own body: the service over sim desktops, and hypercorn on a port of its own.
 
     async with serving(Behaviour(boot_s=1), envs=2) as served:
-        status, body = await served.post("/v1/envs/0/reset", {})
+        job = await served.reset(0, task={"id": "t-1", "config": [], "evaluator": {"func": "infeasible"}})
+        verdict = await served.evaluate(0)
 
 Everything is real but the desktops: sockets, the queue, the probes. Leaving it drains the service, as the daemon does.
+Its state is in a directory of its own, which is gone afterwards. The first picture of a screen is taken, whether it is
+at rest or not: sim desktops change by input alone.
 """
 
 from __future__ import annotations
 
 import asyncio
 import socket
+import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -34,9 +38,9 @@ SCREEN = (320, 240)
 QUICK: dict[str, Any] = {
     "provider": "sim",
     "screen": SCREEN,
-    "state_dir": Path("/nonexistent"),
     "action_pause": 0.0,
     "wait_seconds": 0.0,
+    "settle_quiet": 0.0,
     "drain_seconds": 0.2,
 }
 CLICK = "Thought: The button.\nAction: click(start_box='(100,100)')"
@@ -106,6 +110,12 @@ class Served:
         assert job["state"] == "succeeded", job
         return self.desktop(env)
 
+    async def evaluate(self, env: int = 0) -> dict[str, Any]:
+        """The verdict of the env's episode."""
+        status, verdict = await self.post(f"/v1/envs/{env}/evaluate")
+        assert status == 200, verdict
+        return cast(dict[str, Any], verdict)
+
     async def in_state(self, job_id: str, *states: str) -> dict[str, Any]:
         """The job, as soon as it is in one of `states`."""
         async with asyncio.timeout(20):
@@ -173,11 +183,11 @@ async def serving(
 
     A failure in the block comes out as it is, not in an exception group.
     """
-    loaded = load({}, env_file=None, **{**QUICK, **settings})
-    driver = driver or SimDriver(loaded, "test01", behaviour)
     closing, started = asyncio.Event(), asyncio.Event()
     failures: list[BaseException] = []
-    with bound("127.0.0.1", 0) as listener:
+    with tempfile.TemporaryDirectory(prefix="envd-") as state, bound("127.0.0.1", 0) as listener:
+        loaded = load({}, env_file=None, **{"state_dir": Path(state), **QUICK, **settings})
+        driver = driver or SimDriver(loaded, "test01", behaviour)
         url = url_of(listener)
         try:
             async with (
