@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import anyio
 import pytest
 from files_server import (
     Fault,
@@ -34,7 +35,7 @@ from envd.tasks import assets as assets_module
 from envd.tasks import download
 from envd.tasks.assets import Assets
 from envd.tasks.mirrors import parse_mirrors
-from envd.tasks.parts import Part
+from envd.tasks.parts import Part, Version
 
 CONTENT = bytes(range(256)) * 1200
 HALF = f"bytes={len(CONTENT) // 2}-"
@@ -108,6 +109,7 @@ async def test_a_file_that_is_not_there_is_asked_for_once_and_named(tmp_path: Pa
     assert not error.retryable
     assert "ENVD_ASSET_MIRRORS" in error.hint
     assert len(server.seen) == 1
+    assert list((tmp_path / "assets" / "parts").iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -234,6 +236,26 @@ async def test_a_caller_that_leaves_does_not_end_the_download_of_the_others(tmp_
     assert server.seen == [("/a.xlsx", None), ("/a.xlsx", HALF)]
 
 
+async def test_a_caller_whose_deadline_ends_hands_the_download_over(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (server, assets):
+        server.faults.append(pauses)
+        async with asyncio.TaskGroup() as tasks:
+            with anyio.CancelScope() as deadline:
+
+                def watch(received: int, total: int | None) -> None:
+                    if total and received >= total // 2:
+                        deadline.cancel()
+
+                tasks.create_task(server.asked(1)).add_done_callback(
+                    lambda _: others.append(tasks.create_task(assets.fetch(server.url("/a.xlsx"))))
+                )
+                others: list[asyncio.Task[Path]] = []
+                await assets.fetch(server.url("/a.xlsx"), watch)
+    assert deadline.cancelled_caught
+    assert [other.result().read_bytes() for other in others] == [CONTENT]
+    assert server.seen == [("/a.xlsx", None), ("/a.xlsx", HALF)]
+
+
 async def test_the_last_caller_that_leaves_takes_the_download_along(tmp_path: Path) -> None:
     async with serving(tmp_path) as (server, assets):
         server.faults.append(pauses)
@@ -301,12 +323,15 @@ async def test_two_processes_that_download_one_url_do_not_share_a_part(tmp_path:
         url = server.url("/a.xlsx")
         other = Part(assets._blobs.part_path(url))
         await asyncio.to_thread(other.open)
+        await asyncio.to_thread(other.begin, Version(url))
+        await asyncio.to_thread(other.append, b"begun")
         try:
             path = await assets.fetch(url)
         finally:
             await asyncio.to_thread(other.close)
     assert path.read_bytes() == CONTENT
-    assert [part.name for part in (tmp_path / "assets" / "parts").iterdir()] == [other.path.name]
+    assert list((tmp_path / "assets" / "parts").glob("*.part")) == [other.path]
+    assert other.path.read_bytes() == b"begun"
 
 
 # -- what is in the cache ---------------------------------------------------------------------------------------------

@@ -234,9 +234,9 @@ class Assets:
     def _unavailable(self, url: str, tried: list[tuple[str | Path, SourceFailed]]) -> AssetUnavailable:
         statuses = [failed.status for _, failed in tried if failed.status is not None]
         told = [{"where": without_secrets(str(place)), "why": failed.why} for place, failed in tried]
-        detail = "; ".join(f"{one['where']}: {one['why']}" for one in told)
+        mirrors = "".join(f"; mirror {one['where']}: {one['why']}" for one in told[:-1])
         error = AssetUnavailable(
-            f"{without_secrets(url)} cannot be had. {detail}.",
+            f"{without_secrets(url)} cannot be had: {told[-1]['why']}{mirrors}.",
             hint=self._hint(url, tried),
             url=without_secrets(url),
             http_status=statuses[-1] if statuses else None,

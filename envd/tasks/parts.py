@@ -83,22 +83,25 @@ class Part:
                 raise NoRoom(needed, free, self.path.parent.parent) from error
 
     def give(self, blobs: Blobs, url: str) -> Held:
-        """The whole file becomes the blob of `url`."""
+        """The whole file becomes the blob of `url`, and this is closed: under its name another may begin anew."""
         with self._turn:
             self._still_open()
             assert self.version is not None
             version = self.version
             held = blobs.keep(self.path, url, version.source, version.etag, version.last_modified)
             self.path.with_suffix(".json").unlink(missing_ok=True)
+            self._closed = True
+            os.close(self._descriptor)
+            self._descriptor = -1
             return held
 
     def close(self, remove: bool = False) -> None:
-        """What is there stays, to be continued, unless it is private or to be removed."""
+        """What is there stays, to be continued, unless it is private, nothing or to be removed."""
         with self._turn:
             self._closed = True
             if self._descriptor < 0:
                 return
-            if self._private or remove:
+            if self._private or remove or not self.size:
                 self.path.unlink(missing_ok=True)
                 self.path.with_suffix(".json").unlink(missing_ok=True)
             os.close(self._descriptor)

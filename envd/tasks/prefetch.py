@@ -19,8 +19,10 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from ..errors import AssetUnavailable
 from ..settings import Settings
+from .abilities import Abilities
 from .assets import Assets
-from .check import Checked, abilities_here, look
+from .check import look
+from .checked import Checked
 
 AT_ONCE = 4
 ASSET = "asset:"
@@ -33,8 +35,8 @@ async def prefetch(paths: Sequence[Path], settings: Settings, console: Console |
     Answers the exit code: 0 all files are there, 1 some are missing, or no task file or not all could be read.
     """
     console = console or Console(stderr=True, markup=False, highlight=False, emoji=False)
-    abilities = await abilities_here(settings)
-    checked = await run_sync(look, paths, abilities, settings.body_limit)
+    # What a task needs does not depend on what this server can do.
+    checked = await run_sync(look, paths, Abilities(), settings.body_limit)
     urls = list(
         dict.fromkeys(need.removeprefix(ASSET) for one in checked for need in one.needs if need.startswith(ASSET))
     )
@@ -46,7 +48,7 @@ async def prefetch(paths: Sequence[Path], settings: Settings, console: Console |
         except anyio.get_cancelled_exc_class():
             errand.say("Stopped. What was downloaded stays; the next run continues.")
             raise
-    unread = [one for one in checked if any(problem.kind == "invalid" for problem in one.problems)]
+    unread = [one for one in checked if not one.needs and any(problem.kind == "invalid" for problem in one.problems)]
     return _sum_up(errand, checked, unread)
 
 
@@ -77,11 +79,11 @@ class _Errand:
 
     async def _work(self, rest: Iterator[str]) -> None:
         for url in rest:
-            if await self.assets.size() > self.limit:
+            if await self.assets.has(url):
+                await self._fetch(url, quietly=True)
+            elif await self.assets.size() > self.limit:
                 # What is in the cache beyond its limit is in use: more of it would be removed by the next who fetches.
                 self.missing[url] = f"the cache is full ({decimal(self.limit)}); raise ENVD_ASSET_LIMIT"
-            elif await self.assets.has(url):
-                await self._fetch(url, quietly=True)
             else:
                 await self._fetch(url)
             self._advance()
