@@ -3,7 +3,7 @@
 The layout is public; `Bundles.archive` answers the same as a tar file, under a folder named for the episode.
 
     episode.json       `format` (1); whatever the episode told of itself: env, task, desktop, screen, …; `began_at` and
-                       `closed_at` (Unix seconds; null while it goes on, and for ever if the daemon was killed);
+                       `closed_at` (Unix seconds; null while it goes on, and for ever if the daemon ended first);
                        `steps`, `last_action`, `end_reason`; `bytes` in all; `dropped` (kind → how many did not fit
                        ENVD_BUNDLE_LIMIT or came faster than the disk takes them); `incomplete` (writes that failed)
     task.json          the task as it was sent; {CLIENT_PASSWORD} and its like are not filled in
@@ -15,7 +15,8 @@ The layout is public; `Bundles.archive` answers the same as a tar file, under a 
     final.png          the screen that was judged
     guest.log          last lines of the guest and of its instance
     evaluation.json    the evaluator's report: what each getter gave, what each metric returned, tracebacks
-    values/            the files that getters gave, under the names by which evaluation.json calls them
+    values/            the evaluator's working directory: what evaluation.json calls {"$file": NAME} is cache/NAME in
+                       it, what it calls {"$saved": NAME} (a large value, as JSON) is NAME
     files/             anything else, by name
     verdict.json       the Verdict
 
@@ -276,7 +277,7 @@ class Bundle:
         await self.flushed()
 
     async def grading(self, report: Mapping[str, Any], folder: Path) -> None:
-        """The evaluator's report, and the files under `folder`, by whose names it calls the values that are files.
+        """The evaluator's report without its unset fields, and the files of its working directory.
 
         Returns when they are copied: the folder may then go away. Links in it are not followed.
         """

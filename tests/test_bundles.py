@@ -293,6 +293,7 @@ async def test_each_end_clears_away_but_never_what_is_being_written(tmp_path: Pa
     async with Bundles.open(settings(tmp_path, bundles=1)) as bundles:
         going_on = await bundles.begin("ep-on", task={}, about={})
         await going_on.flushed()
+        os.utime(tmp_path / "episodes" / "ep-on", (1, 1))
         await close_and_see(bundles, "ep-1", {"ep-1", "ep-on"})
         await close_and_see(bundles, "ep-2", {"ep-2", "ep-on"})
         await going_on.verdict(verdict("ep-on"))
@@ -332,6 +333,7 @@ async def test_a_write_after_the_bundle_was_cleared_away_does_not_bring_it_back(
     async with Bundles.open(settings(tmp_path, bundles=1)) as bundles:
         bundle = await bundles.begin("ep-0", task={}, about={})
         bundle.close()
+        await bundle.flushed()
         await close_and_see(bundles, "ep-1", {"ep-1"})
         await bundle.verdict(verdict())
         await bundle.frame(3, PNG)
@@ -427,7 +429,7 @@ def write_for_ever(folder: str) -> None:
     asyncio.run(run())
 
 
-@pytest.mark.parametrize("steps", [1, 2, 3, 5, 8, 13])
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 8])
 async def test_a_bundle_can_be_read_after_kill_9_at_any_point(tmp_path: Path, steps: int) -> None:
     writer = await asyncio.create_subprocess_exec(*in_a_process("write_for_ever", tmp_path), stdout=subprocess.PIPE)
     assert writer.stdout is not None
