@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -50,9 +50,9 @@ class Abilities:
             ocr=ocr,
         )
 
-    def lacking(self, task: Task) -> Iterator[tuple[str, str]]:
-        """Yield (field, message) for what the task needs and is not here."""
-        for use in needs.uses(task):
+    def lacking(self, task: Task, uses: Iterable[needs.Use]) -> Iterator[tuple[str, str]]:
+        """Yield (field, message) for what the task needs and is not here; `uses` are those of the task."""
+        for use in uses:
             if message := self._unmet(use):
                 yield use.field, message
         for place, step in needs.all_steps(task):

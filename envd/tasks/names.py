@@ -21,14 +21,19 @@ PATHS = ("path", "ppt_file_path")
 
 def apart(metrics: Sequence[Metric], postconfig: Sequence[Step]) -> tuple[Metric, ...]:
     """`metrics` with other names for files of `cloud_file` whose name something else has."""
-    taken: dict[str, str] = dict.fromkeys(_guest_names(metrics, postconfig), "")
+    taken = set(_guest_names(metrics, postconfig))
+    names: dict[tuple[str, str], str] = {}
+    numbers: dict[str, int] = {}
 
     def own(url: str, name: str) -> str:
-        candidate, count = name, 0
-        while taken.setdefault(candidate, url) != url:
-            count += 1
-            candidate = f"cloud{count}_{name}"
-        return candidate
+        if (url, name) not in names:
+            candidate = name
+            while candidate in taken:
+                numbers[name] = numbers.get(name, 0) + 1
+                candidate = f"cloud{numbers[name]}_{name}"
+            taken.add(candidate)
+            names[url, name] = candidate
+        return names[url, name]
 
     return tuple(
         replace(metric, result=_renamed(metric.result, own), expected=_renamed(metric.expected, own))

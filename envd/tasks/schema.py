@@ -117,9 +117,10 @@ def examine(raw: Mapping[str, Any], abilities: Abilities) -> Examination:
         evaluator=evaluator,
         proxy=is_true(raw.get("proxy")),
     )
-    for place, message in abilities.lacking(task):
+    uses = [*needs.uses(task)]
+    for place, message in abilities.lacking(task, uses):
         found.add(place, message, "missing")
-    return Examination(task, needs.ordered(needs.uses(task)), tuple(found.problems))
+    return Examination(task, needs.ordered(uses), tuple(found.problems))
 
 
 def setup_assets(task: Task) -> tuple[str, ...]:
