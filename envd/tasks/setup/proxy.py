@@ -51,6 +51,7 @@ class Upstream(BaseModel):
 async def proxy(context: Context, parameters: Parameters, *, address: str = PROXY) -> str:
     """A tinyproxy in the guest, at `address`, that hands everything on to one of the owner's proxies; chosen at
     random, so that many desktops share them out. Shells and a Chrome that later steps start use it.
+    Its password lies in the guest then, where the agent can read it.
 
     `client_password` is for the guest's sudo. Raises MissingRequirement without a configured proxy.
     """
