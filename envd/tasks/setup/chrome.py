@@ -40,11 +40,11 @@ _GENERIC = frozenset({"ac", "co", "com", "edu", "go", "gov", "ne", "net", "or", 
 """Second-level names under which countries sell domains: co.uk, com.sg."""
 
 
-async def answering(context: Context, patience: float | None = None) -> list[dict[str, Any]]:
+async def answering(context: Context) -> list[dict[str, Any]]:
     """Chrome's pages once it has any, as `Cdp.pages` tells them: the one that was last in front comes first. After
-    `patience` seconds of silence (unset: ENVD_CHROME_GRACE) Chrome and its bridge are started, and again after as many
-    more. Raises GuestUnreachable after START_SECONDS."""
-    patience = context.settings.chrome_grace if patience is None else patience
+    ENVD_CHROME_GRACE seconds of silence Chrome and its bridge are started, and again after as many more. Raises
+    GuestUnreachable after START_SECONDS."""
+    patience = context.settings.chrome_grace
     begun = quiet_since = time.monotonic()
     while True:
         try:
