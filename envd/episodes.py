@@ -80,6 +80,8 @@ class Play:
 
     outputs   what its set-up kept for the evaluator, by name
     browser   as CDP names it, once the set-up was done; "" if there was none
+    proxied   Chrome was given a proxy
+    last_seen a picture of the screen and when (monotonic) it was taken, unless something was done since
     replaced  a reset has taken the desktop away
     """
 
@@ -90,6 +92,7 @@ class Play:
     warnings: tuple[str, ...]
     browser: str = ""
     proxied: bool = False
+    last_seen: tuple[bytes, float] | None = None
     replaced: bool = False
 
 
@@ -129,7 +132,7 @@ class _Playing:
     slot: _Slot
     episode_id: str
     dialogue: Dialogue
-    bundle: Bundle
+    play: Play
 
     @property
     def episode(self) -> Episode:
@@ -330,6 +333,7 @@ class Envs:
         slot.dialogue.saw(picture)
         slot.frame = Frame(*size, **pixels)
         slot.play = Play(job.id, task, bundle, context.outputs, tuple(warnings), browser[0], context.proxied)
+        slot.play.last_seen = picture, time.monotonic()
         slot.episode, slot.desktop_id, slot.state, slot.detail = episode, desktop.id, EnvState.PLAYING, ""
         self._tell(slot, "episode", state="began", episode_id=episode.id, warnings=warnings, message="episode began")
         self.on_began(task)
@@ -349,10 +353,12 @@ class Envs:
             ) from error
         return []
 
-    async def at_rest(self, guest: Guest, at_least: float = 0.0) -> tuple[bytes, Settled, tuple[int, int]]:
-        """The screen once it has settled, how that went, and the size of the screen."""
+    async def at_rest(
+        self, guest: Guest, at_least: float = 0.0, before: tuple[bytes, float] | None = None
+    ) -> tuple[bytes, Settled, tuple[int, int]]:
+        """The screen once it has settled (see `settle`), how that went, and the size of the screen."""
         limits = {"quiet": self._settings.settle_quiet, "limit": self._settings.settle_limit}
-        picture, settled = await settle(guest.screenshot, at_least=at_least, **limits)
+        picture, settled = await settle(guest.screenshot, at_least=at_least, before=before, **limits)
         return picture, settled, _size(picture, guest)
 
     def abandon(self, env: int, job: Job) -> None:
@@ -380,7 +386,7 @@ class Envs:
                 hint="Evaluate it or reset the env.",
                 end_reason=slot.episode.end_reason,
             )
-        playing = _Playing(slot, slot.episode.id, slot.dialogue, slot.play.bundle)
+        playing = _Playing(slot, slot.episode.id, slot.dialogue, slot.play)
         with self._taken(slot, "a step"):
             guest, desktop_id = self._guest(slot)
             return await self._while_alive(desktop_id, lambda: self._step(playing, guest, request))
@@ -402,12 +408,14 @@ class Envs:
                 break
         acted = time.monotonic()
         end = self._count_step(playing, end)
+        if any(result.outcome is not ActionOutcome.SPECIAL for result in results):
+            playing.play.last_seen = None
         said = request.prediction if request.prediction is not None else "\n\n".join(request.actions or ())
         try:
             picture = await self._look(guest, results) if end is None or request.include_screenshot else None
         except EnvdError as error:
             ran = error.facts.get("actions", [])
-            await playing.bundle.step({"step": playing.episode.steps, "actions": ran, "error": str(error)}, said)
+            await playing.play.bundle.step({"step": playing.episode.steps, "actions": ran, "error": str(error)}, said)
             raise
         episode = playing.episode
         playing.dialogue.said(said)
@@ -428,8 +436,9 @@ class Envs:
             screenshot=base64.b64encode(picture).decode() if picture and request.include_screenshot else None,
         )
         if picture is not None:
-            await playing.bundle.frame(result.step, picture)
-        await playing.bundle.step(result, said)
+            playing.play.last_seen = picture, time.monotonic()
+            await playing.play.bundle.frame(result.step, picture)
+        await playing.play.bundle.step(result, said)
         self._tell_step(playing.slot, result)
         return result
 

@@ -231,7 +231,8 @@ class Evaluations:
         return grade.score
 
     async def _last_look(self, judged: Judged, play: Play, findings: _Findings) -> None:
-        picture, settled, _ = await judged.while_alive(lambda: self._envs.at_rest(judged.guest))
+        before = None if findings.postconfig else play.last_seen
+        picture, settled, _ = await judged.while_alive(lambda: self._envs.at_rest(judged.guest, before=before))
         findings.settled, findings.seconds["settle"] = settled, settled.seconds
         if not settled.still:
             findings.warnings.append(f"the screen was still changing after {settled.seconds:.1f} s")

@@ -22,19 +22,27 @@ about 8; a line of ten letters about 40."""
 
 
 async def settle(
-    look: Callable[[], Awaitable[bytes]], *, quiet: float, limit: float, at_least: float = 0.0
+    look: Callable[[], Awaitable[bytes]],
+    *,
+    quiet: float,
+    limit: float,
+    at_least: float = 0.0,
+    before: tuple[bytes, float] | None = None,
 ) -> tuple[bytes, Settled]:
     """Look until nothing but a caret or a clock has changed for `quiet` seconds; the last picture (as `look` gave it)
     and how that went.
 
     `quiet` is the time from one picture's arrival to the moment the next is asked for, so that a guest that takes
     seconds for a picture is judged as a fast one is. Gives up after `limit` seconds, `still` being False then. 0 for
-    `quiet` takes the first picture. Returns no sooner than after `at_least` seconds. Raises what `look` raises, and
+    `quiet` takes the first picture. Returns no sooner than after `at_least` seconds. `before` is a picture that was
+    seen earlier and when (monotonic): a screen that still shows it has been quiet since. Raises what `look` raises, and
     GuestMisbehaved for a picture that cannot be decoded.
     """
     began = time.monotonic()
     picture = reference = await look()
     since, pictures, still = time.monotonic(), 1, quiet == 0
+    if before is not None and began - before[1] >= quiet:
+        still = still or not await anyio.to_thread.run_sync(differs, before[0], picture)
     while True:
         waited = time.monotonic() - began
         if waited >= at_least and (still or waited >= limit):
@@ -66,4 +74,6 @@ def _cells(picture: bytes) -> Image.Image:
         with Image.open(io.BytesIO(picture), formats=("PNG", "JPEG")) as image:
             return image.convert("L").reduce(CELL)
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise GuestMisbehaved(f"The guest answered a picture of {len(picture)} bytes that is broken: {error}") from error
+        raise GuestMisbehaved(
+            f"The guest answered a picture of {len(picture)} bytes that is broken: {error}"
+        ) from error

@@ -11,10 +11,9 @@ from typing import Any
 
 import pytest
 from serving import eventually
-from test_queue import FOR_EVER, ended, in_state, removals, task
+from test_queue import FOR_EVER, ended, in_state, removals, reset, task
 
 from envd.boot import fleet as fleet_module
-from envd.boot.queue import Reset
 from envd.drivers.base import Death, InstanceSpec, Report, Traits
 from envd.drivers.sim import Behaviour, SimDriver, boots_in_flight_max
 from envd.models import DesktopState, Endpoints, EnvState, Job, JobState
@@ -22,7 +21,7 @@ from envd.service import Service, open_service
 from envd.settings import Settings
 
 SLOW = Behaviour(boot_s=0.05, cdp_s=0.05)
-LONG = Reset(task={"id": "long", "config": [{"type": "sleep", "parameters": {"seconds": 600}}]})
+LONG = reset({"id": "long", "config": [{"type": "sleep", "parameters": {"seconds": 600}}]})
 Odd = Callable[[], BaseException]
 
 
@@ -322,16 +321,16 @@ async def test_a_desktop_that_dies_at_the_last_moment_of_its_set_up_fails_the_re
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running(tmp_path) as (service, driver):
-        look = service.envs._picture
+        look = service.envs.at_rest
 
-        async def look_and_die(guest: Any) -> Any:
-            seen = await look(guest)
+        async def look_and_die(guest: Any, **how: Any) -> Any:
+            seen = await look(guest, **how)
             (desktop,) = service.fleet.desktops()
             driver.kill(desktop.id, "pulled the plug")
             await service.fleet.lost(desktop.id)
             return seen
 
-        monkeypatch.setattr(service.envs, "_picture", look_and_die)
+        monkeypatch.setattr(service.envs, "at_rest", look_and_die)
         end = await ended(service, service.queue.submit(0, task("a")))
         monkeypatch.undo()
         assert end.error is not None
@@ -352,10 +351,10 @@ async def test_a_set_up_that_breaks_ends_its_job_and_gives_the_desktop_back(
 ) -> None:
     async with running(tmp_path) as (service, driver):
 
-        async def broken(guest: Any) -> Any:
+        async def broken(guest: Any, **how: Any) -> Any:
             raise odd()
 
-        monkeypatch.setattr(service.envs, "_picture", broken)
+        monkeypatch.setattr(service.envs, "at_rest", broken)
         end = await ended(service, service.queue.submit(0, task("a")))
         monkeypatch.undo()
         assert end.error is not None

@@ -12,11 +12,11 @@ import pytest
 from PIL import Image
 from serving import CLICK, DONE, Served, eventually, serving
 
+from envd import episodes
 from envd.drivers.sim import Behaviour
 from envd.errors import DesktopLost, EnvBusy, EnvdError, EpisodeOver, NoEpisode, UnknownEnv
 from envd.guest import Guest
 from envd.models import EndReason, StepRequest
-from envd.tasks import setup
 
 CLICKED = StepRequest(actions=["pyautogui.click(10, 20)"])
 
@@ -30,7 +30,7 @@ def episode_events(served: Served) -> list[tuple[str, Any]]:
 async def test_an_env_that_does_not_exist_is_unknown(env: int) -> None:
     async with serving(envs=2) as served:
         envs = served.service.envs
-        for look in (envs.env, envs.dialogue, envs.evaluate):
+        for look in (envs.env, envs.dialogue, envs.played):
             with pytest.raises(UnknownEnv):
                 look(env)
         with pytest.raises(UnknownEnv):
@@ -198,7 +198,7 @@ async def test_a_mistake_in_a_set_up_fails_its_job_and_gives_the_desktop_back(
         raise RuntimeError("our mistake")
 
     async with serving() as served:
-        monkeypatch.setattr(setup, "run", broken)
+        monkeypatch.setattr(episodes, "run_steps", broken)
         job = await served.reset()
         assert (job["state"], job["error"]["code"]) == ("failed", "internal_error")
         await eventually(lambda: not served.sim.desktops)

@@ -16,13 +16,19 @@ from envd.errors import Draining, QueueFull, UnknownJob
 from envd.models import DesktopState, Job, JobKind, JobState, ResetPath
 from envd.service import Service, open_service
 from envd.settings import Settings
+from envd.tasks.abilities import Abilities
+from envd.tasks.schema import parse
 
 SLOW = Behaviour(boot_s=0.2, cdp_s=0.2)
 FOR_EVER = Behaviour(boot_s=3600, cdp_s=3600)
 
 
+def reset(raw: dict[str, Any], **how: Any) -> Reset:
+    return Reset(task=parse(raw, Abilities()), **how)
+
+
 def task(name: str) -> Reset:
-    return Reset(task={"id": name, "instruction": name})
+    return reset({"id": name, "instruction": name})
 
 
 @asynccontextmanager
@@ -162,7 +168,7 @@ async def test_cancelling_a_boot_ends_only_when_its_instance_is_confirmed_gone(t
 
 async def test_cancelling_during_set_up_gives_the_desktop_back_and_ends(tmp_path: Path) -> None:
     async with running(tmp_path) as (service, driver):
-        long = Reset(task={"id": "long", "config": [{"type": "sleep", "parameters": {"seconds": 600}}]})
+        long = reset({"id": "long", "config": [{"type": "sleep", "parameters": {"seconds": 600}}]})
         job = await in_state(service, service.queue.submit(0, long), JobState.SETTING_UP)
         service.queue.cancel(job.id)
         assert (await ended(service, job)).state is JobState.CANCELLED
@@ -186,7 +192,7 @@ async def test_the_next_waiting_job_inherits_the_boot_of_a_cancelled_one(tmp_pat
 async def test_a_waiting_job_expires_without_ever_being_booted(tmp_path: Path) -> None:
     async with running(tmp_path, FOR_EVER, envs=2) as (service, driver):
         await in_state(service, service.queue.submit(0, task("a")), JobState.BOOTING)
-        impatient = Reset(task={"id": "b"}, queue_timeout_s=0.05)
+        impatient = reset({"id": "b"}, queue_timeout_s=0.05)
         end = await ended(service, service.queue.submit(1, impatient))
         assert end.state is JobState.EXPIRED
         assert end.error is not None
@@ -243,7 +249,7 @@ async def test_a_failed_create_fails_the_job_and_the_next_one_boots(tmp_path: Pa
 
 async def test_a_job_whose_env_still_sets_up_does_not_hold_up_other_envs(tmp_path: Path) -> None:
     async with running(tmp_path, envs=2) as (service, _):
-        long = Reset(task={"id": "long", "config": [{"type": "sleep", "parameters": {"seconds": 600}}]})
+        long = reset({"id": "long", "config": [{"type": "sleep", "parameters": {"seconds": 600}}]})
         await in_state(service, service.queue.submit(0, long), JobState.SETTING_UP)
         behind = service.queue.submit(0, task("behind"))
         other = service.queue.submit(1, task("other"))

@@ -27,14 +27,19 @@ from PIL import Image
 
 from envd.boot import fleet, queue
 from envd.boot.queue import Reset
+from envd.bundles import Bundles
 from envd.drivers.base import Death, Driver, InstanceSpec, Report, Traits
 from envd.episodes import Envs
 from envd.errors import BootFailed, Draining, InfraError, QueueFull
 from envd.events import EventLog
-from envd.models import DesktopState, Endpoints, EnvState, Event, Job, JobState, Probe, ProbeResult
+from envd.models import DesktopState, Endpoints, EnvState, Event, Job, JobState, Probe, ProbeResult, Settled
 from envd.service import Service
 from envd.settings import Settings
 from envd.store import MemoryStore
+from envd.tasks.abilities import Abilities
+from envd.tasks.assets import Assets
+from envd.tasks.evaluating import Evaluators
+from envd.tasks.schema import parse
 
 T = TypeVar("T")
 
@@ -170,14 +175,35 @@ class LivingChrome:
     def __init__(self, session: Any, url: str) -> None:
         pass
 
-    async def version(self, timeout: float) -> dict[str, Any]:
+    async def version(self, timeout: float = 5) -> dict[str, Any]:
         return {"Browser": "Chrome"}
 
 
-def picture() -> tuple[bytes, tuple[int, int]]:
+class NoEvidence:
+    """Bundles, and each bundle: writing would take turns of a clock that is not the loop's."""
+
+    async def begin(self, episode_id: str, **about: Any) -> NoEvidence:
+        return self
+
+    async def about(self, facts: Any) -> None: ...
+
+    async def setup(self, records: Any) -> None: ...
+
+    async def frame(self, number: int, picture: bytes) -> None: ...
+
+    async def guest_log(self, lines: Any) -> None: ...
+
+    def close(self, **facts: Any) -> None: ...
+
+
+def wanted(raw: dict[str, Any], **how: Any) -> Reset:
+    return Reset(task=parse(raw, Abilities()), **how)
+
+
+def picture() -> bytes:
     body = io.BytesIO()
     Image.new("RGB", (320, 240)).save(body, "PNG")
-    return body.getvalue(), (320, 240)
+    return body.getvalue()
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -197,11 +223,11 @@ class QueueMachine(RuleBasedStateMachine):
         self.patch.setattr(fleet, "Readiness", lambda **how: PlannedReadiness(self.driver, **how))
         seen = picture()
 
-        async def look(guest: Any) -> tuple[bytes, tuple[int, int]]:
+        async def look(envs: Envs, guest: Any, **how: Any) -> tuple[bytes, Settled, tuple[int, int]]:
             await asyncio.sleep(0.5)
-            return seen
+            return seen, Settled(still=True, seconds=0.5, pictures=2), (320, 240)
 
-        self.patch.setattr(Envs, "_picture", staticmethod(look))
+        self.patch.setattr(Envs, "at_rest", look)
         self.driver.begins = self.noted(self.boot_begins)
         self.accepted: list[str] = []
         self.broken: list[AssertionError] = []
@@ -232,7 +258,11 @@ class QueueMachine(RuleBasedStateMachine):
 
         events.publish = published  # type: ignore[method-assign]  # so that each is looked at when it happens
         session = cast(aiohttp.ClientSession, None)
-        self.service = Service(chosen, self.driver, MemoryStore(), events, session, "model")
+        assets, evaluators = cast(Assets, SimpleNamespace(has_now=bool)), cast(Evaluators, SimpleNamespace(ocr=False))
+        bundles = cast(Bundles, NoEvidence())
+        self.service = Service(
+            chosen, self.driver, MemoryStore(), events, session, assets, bundles, evaluators, "model"
+        )
         self.queue, self.fleet, self.envs = self.service.queue, self.service.fleet, self.service.envs
         started = asyncio.Event()
         self.core = asyncio.ensure_future(self.service.run(started.set))
@@ -244,7 +274,7 @@ class QueueMachine(RuleBasedStateMachine):
     @initialize(envs=st.sets(st.integers(0, ENVS - 1)))
     def some_play_already(self, envs: set[int]) -> None:
         for env in envs:
-            self.ask(lambda env=env: self.queue.submit(env, Reset({"id": "first"})))  # type: ignore[misc]
+            self.ask(lambda env=env: self.queue.submit(env, wanted({"id": "first"})))  # type: ignore[misc]
             self.run(asyncio.sleep(50))
             assert self.service.env(env).state is EnvState.PLAYING
 
@@ -256,7 +286,7 @@ class QueueMachine(RuleBasedStateMachine):
     )
     def reset(self, env: int, name: str, seconds: float, patience: float | None) -> None:
         config = [{"type": "sleep", "parameters": {"seconds": seconds}}]
-        self.ask(lambda: self.queue.submit(env, Reset({"id": name, "config": config}, queue_timeout_s=patience)))
+        self.ask(lambda: self.queue.submit(env, wanted({"id": name, "config": config}, queue_timeout_s=patience)))
 
     @rule()
     def prewarm(self) -> None:
@@ -304,8 +334,8 @@ class QueueMachine(RuleBasedStateMachine):
         """Cancel a boot at some moment of its life while another job waits."""
         self.run(asyncio.sleep(500))
         self.driver.plans = [plan]
-        self.ask(lambda: self.queue.submit(first, Reset({"id": "first"})))
-        self.ask(lambda: self.queue.submit(second, Reset({"id": "second"})))
+        self.ask(lambda: self.queue.submit(first, wanted({"id": "first"})))
+        self.ask(lambda: self.queue.submit(second, wanted({"id": "second"})))
         self.run(asyncio.sleep(seconds))
         self.turn(turns)
         for job in self.queue.booting()[:1]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import time
 from collections.abc import Awaitable, Callable
 
 import anyio
@@ -97,6 +98,19 @@ async def test_a_guest_that_takes_long_for_a_picture_needs_two_of_them() -> None
     _, settled = await settle(look, quiet=0.1, limit=5)
     assert settled.still
     assert settled.pictures <= 3
+
+
+async def test_a_screen_that_still_shows_what_was_seen_before_has_settled_already() -> None:
+    _, settled = await settle(shows(WINDOW), quiet=0.1, limit=5, before=(WINDOW, time.monotonic() - 1))
+    assert (settled.still, settled.pictures) == (True, 1)
+
+
+@pytest.mark.parametrize(
+    ("seen", "ago"), [pytest.param(BLANK, 1.0, id="another screen"), pytest.param(WINDOW, 0.0, id="only just")]
+)
+async def test_what_was_seen_before_is_no_proof_if_it(seen: bytes, ago: float) -> None:
+    _, settled = await settle(shows(WINDOW), quiet=0.1, limit=5, before=(seen, time.monotonic() - ago))
+    assert settled.pictures > 1
 
 
 async def test_without_a_quiet_time_the_first_picture_is_taken() -> None:
