@@ -45,8 +45,8 @@ DRIVE_FILE = "googledrive_file"
 
 @dataclass(frozen=True)
 class Grade:
-    """A number, or `failure`; and what it rests on. `folder` has the files that values in `report` name; it is gone
-    when the preparation is left."""
+    """A number, or `failure`; and what it rests on. `folder` is the working directory, with the files that values in
+    `report` name; it is gone when the preparation is left."""
 
     score: float | None
     failure: EnvdError | None
@@ -173,8 +173,9 @@ class Preparation:
             warnings=(*warnings, *report.warnings),
             evaluator_version=report.evaluator_version,
             seconds={name: spent for name, spent in report.seconds.items() if name != "total"},
-            report=report.model_dump(mode="json"),
-            folder=self.cache,
+            # What was never asked for is left out: a rescore must not take it for None.
+            report=report.model_dump(mode="json", exclude_unset=True),
+            folder=self.workdir,
         )
 
     async def _place(self, content: Path | bytes, name: str) -> None:
