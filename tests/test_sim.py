@@ -6,11 +6,14 @@ import asyncio
 import gc
 import hashlib
 import io
+import json
 import os
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
+from xml.etree import ElementTree
 
 import aiohttp
 import pytest
@@ -18,9 +21,22 @@ from PIL import Image
 
 from envd.drivers import make_driver
 from envd.drivers.base import InstanceSpec
-from envd.drivers.sim import BAD, PRESETS, Behaviour, Click, Desktop, SimDriver, boots_in_flight_max
+from envd.drivers.sim import (
+    BAD,
+    FOREVER,
+    PRESETS,
+    WAYS,
+    Behaviour,
+    Click,
+    Desktop,
+    Fault,
+    SimDriver,
+    Way,
+    boots_in_flight_max,
+)
 from envd.drivers.sim.gui import Gui, run_python
-from envd.errors import BootFailed, InfraError, SettingsError
+from envd.errors import BootFailed, EnvdError, GuestMisbehaved, GuestUnreachable, InfraError, SettingsError
+from envd.guest import Browser, Cdp, Guest
 from envd.models import Endpoints
 from envd.settings import load
 
@@ -265,6 +281,27 @@ async def test_a_programs_waits_pass_at_the_pace_that_was_told() -> None:
         pytest.param("cat /none", {}, ("", "cat: /none: No such file or directory\n", 1), id="cat-nothing"),
         pytest.param("frobnicate -x", {}, ("", "frobnicate: command not found\n", 127), id="unknown"),
         pytest.param(["python", "-c", "import platform; print(platform.system())"], {}, ("Linux\n", "", 0), id="print"),
+        pytest.param(
+            ["python", "-c", f"{PREFIX}import os; print(os.path.join(os.getenv('HOME'), '.config', 'a'))"],
+            {},
+            ("/home/user/.config/a\n", "", 0),
+            id="path-of-getters",
+        ),
+        pytest.param(
+            ["python", "-c", "import os; print(os.path.expanduser('~/a b'))"],
+            {},
+            ("/home/user/a b\n", "", 0),
+            id="home",
+        ),
+        pytest.param("echo $HOME; false", {"shell": True}, ("/home/user\n", "", 1), id="one-after-another"),
+        pytest.param("false && echo a || echo 'b; c'", {"shell": True}, ("b; c\n", "", 0), id="if-and-if-not"),
+        pytest.param(["test -e /a 2>/dev/null || cat /etc/timezone"], {"shell": True}, ("Etc/UTC\n", "", 0), id="else"),
+        pytest.param("echo a > /t; echo b >> /t\ncat /t", {"shell": True}, ("a\nb\n", "", 0), id="to-a-file"),
+        pytest.param("touch ~/d/a && rm -r ~/d && test -e ~/d", {"shell": True}, ("", "", 1), id="removed"),
+        pytest.param("test -d ~/Desktop && [ ! -s /none ]", {"shell": True}, ("", "", 0), id="tests"),
+        pytest.param("wmctrl -lx", {}, ("0x00000001  0 google-chrome.Google-chrome desktop Google Chrome\n", "", 0)),
+        pytest.param(["timeout", "5", "sh", "-c", "exit"], {}, ("", "exit: command not found\n", 127), id="timeout"),
+        pytest.param("echo ''", {"shell": True}, ("\n", "", 0), id="empty-word"),
     ],
 )
 async def test_a_few_commands_are_known(command: Any, more: dict[str, bool], outcome: tuple[str, str, int]) -> None:
@@ -331,6 +368,78 @@ async def test_the_small_routes_answer_in_the_guest_servers_shapes() -> None:
             assert await response.json() == {"width": 640, "height": 480}
 
 
+async def test_a_shell_script_that_is_not_understood_says_so() -> None:
+    async with running() as (_, _, ports, http):
+        for script, sign in (("ls | wc", "|"), ("cat < /t", "<"), ("echo a >", ">")):
+            answer = await execute(http, ports, script, shell=True)
+            assert (answer["returncode"], f"{sign} is not known here" in answer["error"]) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("verification", "status", "outcome"),
+    [
+        pytest.param({"window_exists": "chrome", "command_success": "test -e /t"}, 200, "passed", id="both"),
+        pytest.param({"window_exists": "gimp"}, 500, "failed", id="no-window"),
+        pytest.param({"command_success": "false"}, 500, "failed", id="no-success"),
+    ],
+)
+async def test_a_command_is_verified_by_windows_and_commands(
+    verification: dict[str, str], status: int, outcome: str
+) -> None:
+    body = {"command": "touch /t", "verification": verification, "max_wait_time": 0.02, "check_interval": 0.01}
+    async with (
+        running() as (_, _, ports, http),
+        http.post(f"{ports.guest}/execute_with_verification", json=body) as response,
+    ):
+        answer = await response.json()
+        assert (response.status, answer["verification"], answer["returncode"]) == (status, outcome, 0)
+
+
+async def test_a_wallpaper_is_what_was_set_and_is_not_there_before() -> None:
+    async with running() as (_, desktop, ports, http):
+        async with http.post(f"{ports.guest}/wallpaper") as response:
+            assert response.status == 404
+        desktop.downloads["https://a.example/p.png"] = b"\x89PNG"
+        asked = {"url": "https://a.example/p.png", "path": "~/p.png"}
+        async with http.post(f"{ports.guest}/setup/download_file", json=asked) as response:
+            assert await response.text() == "File downloaded successfully: 4 bytes"
+        async with http.post(f"{ports.guest}/setup/change_wallpaper", json={"path": "~/p.png"}) as response:
+            assert response.status == 200
+        async with http.post(f"{ports.guest}/wallpaper") as response:
+            assert await response.read() == b"\x89PNG"
+
+
+async def test_windows_are_seen_by_class_and_in_the_accessibility_tree() -> None:
+    async with running() as (_, desktop, ports, http):
+        desktop.gui.windows.append("a <b>")
+        guest = Guest(http, ports.guest)
+        assert await guest.form("/window_size", {"app_class_name": "Google-Chrome"}) == {"width": 400, "height": 300}
+        with pytest.raises(GuestMisbehaved, match="500"):
+            await guest.form("/window_size", {"app_class_name": "vlc"})
+        _, answer = await get(http, f"{ports.guest}/accessibility")
+    assert [
+        (node.get("name"), node.get("{https://accessibility.ubuntu.example.org/ns/state}active"))
+        for node in ElementTree.fromstring(json.loads(answer)["AT"])
+    ] == [("Google Chrome", None), ("a <b>", "true")]
+
+
+@pytest.mark.parametrize(
+    ("how", "left"),
+    [
+        pytest.param({"window_name": "NOTES"}, ["Google Chrome", "notes"], id="a-part"),
+        pytest.param({"window_name": "notes", "strict": True}, ["Google Chrome", "my notes"], id="strict"),
+        pytest.param({"window_name": "google-chrome", "by_class": True}, ["my notes", "notes"], id="class"),
+        pytest.param({"window_name": "gimp"}, ["Google Chrome", "my notes", "notes"], id="none"),
+    ],
+)
+async def test_a_window_is_meant_as_wmctrl_means_it(how: dict[str, Any], left: list[str]) -> None:
+    async with running() as (_, desktop, ports, http):
+        desktop.gui.windows[:] = ["Google Chrome", "my notes", "notes"]
+        async with http.post(f"{ports.guest}/setup/close_window", json=how) as response:
+            assert response.status == 200
+        assert desktop.gui.windows == left
+
+
 async def test_windows_are_raised_and_closed_by_a_part_of_their_title() -> None:
     async with running() as (_, desktop, ports, http):
         desktop.gui.windows[:] = ["Google Chrome", "notes.txt", "Files"]
@@ -363,14 +472,68 @@ async def test_the_cdp_websocket_answers_what_it_knows_and_refuses_the_rest() ->
         async with http.ws_connect(f"{ports.cdp}/devtools/page/{page}") as socket:
             await socket.send_json({"id": 1, "method": "Page.navigate", "params": {"url": "http://example.org/"}})
             navigated = await socket.receive_json()
-            await socket.send_json({"id": 2, "method": "Page.dance", "sessionId": "S"})
+            await socket.send_json({"id": 2, "method": "Page.dance"})
             unknown = await socket.receive_json()
             await socket.send_str("{")
             broken = await socket.receive_json()
         assert (navigated["id"], navigated["result"]["frameId"]) == (1, page)
         assert desktop.chrome.pages[page] == "http://example.org/"
-    assert unknown == {"id": 2, "sessionId": "S", "error": {"code": -32601, "message": "'Page.dance' wasn't found"}}
+    assert unknown == {"id": 2, "error": {"code": -32601, "message": "'Page.dance' wasn't found"}}
     assert broken["error"]["code"] == -32700
+
+
+@asynccontextmanager
+async def browsing() -> AsyncIterator[tuple[Desktop, Browser]]:
+    async with running() as (_, desktop, ports, http), Cdp(http, ports.cdp).browser() as browser:
+        yield desktop, browser
+
+
+async def test_a_page_is_navigated_in_its_session_and_tells_when_it_has_loaded() -> None:
+    async with browsing() as (desktop, browser):
+        page = (await browser.send("Target.createTarget", {"url": "about:blank"}))["targetId"]
+        session = await browser.attach(page)
+        await browser.send("Page.enable", session_id=session)
+        with browser.events("Page.loadEventFired", session) as loads:
+            await browser.send("Page.navigate", {"url": "http://a.example/"}, session_id=session)
+            async with asyncio.timeout(5):
+                await loads.receive()
+        title = await browser.send("Runtime.evaluate", {"expression": "document.title"}, session_id=session)
+    assert list(desktop.chrome.pages.values()) == ["about:blank", "http://a.example/"]
+    assert title["result"]["value"] == "http://a.example/"
+
+
+async def test_a_closed_page_ends_its_sessions() -> None:
+    async with browsing() as (desktop, browser):
+        page = next(iter(desktop.chrome.pages))
+        session = await browser.attach(page)
+        with browser.events("Target.detachedFromTarget") as ends:
+            await browser.send("Target.closeTarget", {"targetId": page})
+            async with asyncio.timeout(5):
+                assert await ends.receive() == {"sessionId": session, "targetId": page}
+        assert await browser.pages() == []
+        for refused in (
+            browser.send("Page.enable", session_id=session),
+            browser.send("Page.enable"),
+            browser.attach(page),
+        ):
+            with pytest.raises(GuestMisbehaved):
+                await refused
+
+
+async def test_every_page_is_painted() -> None:
+    async with running() as (_, _, ports, http):
+        assert await Cdp(http, ports.cdp).painted(5)
+
+
+async def test_a_closed_chrome_comes_back_with_the_pages_that_it_is_launched_with() -> None:
+    async with running() as (_, desktop, ports, http):
+        async with Cdp(http, ports.cdp).browser() as browser:
+            await browser.send("Browser.close")
+        assert await refused(ports.cdp)
+        await Guest(http, ports.guest).launch(["google-chrome", "--flag", "http://a.example/"])
+        assert list(desktop.chrome.pages.values()) == ["http://a.example/"]
+        await Guest(http, ports.guest).launch(["google-chrome", "http://b.example/"])
+        assert len(await Cdp(http, ports.cdp).pages()) == 2
 
 
 # Behaviours
@@ -533,6 +696,144 @@ async def test_trouble_can_wait_and_be_changed_while_the_desktop_runs() -> None:
         for url in (f"{ports.guest}/platform", f"{ports.cdp}/json/version"):
             with pytest.raises(TimeoutError):
                 await get(http, url, SHORT)
+
+
+# Faults at single calls
+
+
+async def outcome(asking: Awaitable[Any]) -> Any:
+    """What was answered, or the kind of failure."""
+    try:
+        async with asyncio.timeout(0.3):
+            return await asking
+    except (EnvdError, TimeoutError) as error:
+        return type(error)
+
+
+def fault(way: Way, route: str, call: int = 1) -> Fault:
+    """One that is noticed: when the connection breaks, aiohttp sends a GET once more by itself."""
+    again = way in ("reset", "lose") and (route == "/screenshot" or route.startswith(("/json", "/devtools")))
+    return Fault(way, call, times=2 if again else 1)
+
+
+BROKEN = (GuestUnreachable, GuestMisbehaved, TimeoutError)
+UNNOTICED: dict[str, tuple[Way, ...]] = {
+    "/file": ("garbage", "half", "flat", "size", "html", "empty"),
+    "/screenshot": ("half", "flat", "size"),
+    "/setup/launch": ("half",),
+    "/setup/upload": ("half", "error"),
+}
+"""A file may have any content, a picture is looked at elsewhere, half of a sentence still is words, and an upload
+answered with a page of HTML is sent again, since older guest servers answer so when there is no folder."""
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("route", ["/screenshot", "/file", "/execute", "/setup/launch", "/setup/upload"])
+async def test_a_fault_hits_the_call_that_it_is_meant_for_and_no_other(route: str, way: Way, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc" * 99)
+    async with running(Behaviour(on={route: fault(way, route, call=2)})) as (_, desktop, ports, http):
+        guest = Guest(http, ports.guest)
+        desktop.files["/a"] = b"abc" * 99
+        calls: dict[str, Callable[[], Awaitable[Any]]] = {
+            "/screenshot": guest.screenshot,
+            "/file": lambda: guest.file("/a"),
+            "/execute": lambda: guest.execute(["echo", "a"]),
+            "/setup/launch": lambda: guest.launch(["vlc"]),
+            "/setup/upload": lambda: guest.upload("/t/b", tmp_path / "a"),
+        }
+        before, hit, after = [await outcome(calls[route]()) for _ in range(3)]
+        assert (hit in BROKEN) == (way not in UNNOTICED.get(route, ()))
+        assert hit != before or route.startswith("/setup")
+        assert after == (GuestUnreachable if way == "die" else before)
+        assert desktop.gone.is_set() == (way == "die")
+
+
+@pytest.mark.parametrize("way", ["lose", "half", "cut"])
+async def test_a_fault_of_the_answer_alone_leaves_the_work_done(way: Way) -> None:
+    async with running(Behaviour(on={"/execute": Fault(way)})) as (_, desktop, ports, http):
+        assert await outcome(Guest(http, ports.guest).execute(["touch", "/t"])) in BROKEN
+        assert "/t" in desktop.files
+
+
+@pytest.mark.parametrize("way", ["reset", "die", "error", "garbage", "stall", "empty"])
+async def test_other_faults_leave_nothing_done(way: Way) -> None:
+    async with running(Behaviour(on={"/execute": Fault(way)})) as (_, desktop, ports, http):
+        assert await outcome(Guest(http, ports.guest).execute(["touch", "/t"])) in BROKEN
+        assert "/t" not in desktop.files
+
+
+async def test_a_fault_can_be_told_by_words_and_last_for_ever() -> None:
+    behaviour = Behaviour(on={"/execute rm": Fault("reset", times=FOREVER), "/file /a b": Fault("error")})
+    async with running(behaviour) as (_, desktop, ports, http):
+        guest = Guest(http, ports.guest)
+        desktop.files["/a b"] = b""
+        asked = [["echo"], ["rm", "/a"], ["echo"], ["rm", "/a"]]
+        codes = [await outcome(guest.execute(command)) for command in asked]
+        assert [code is GuestUnreachable for code in codes] == [False, True, False, True]
+        assert [await outcome(guest.file(path)) for path in ("/a b", "/a b")] == [GuestMisbehaved, b""]
+
+
+async def test_faults_are_counted_from_a_new_behaviour() -> None:
+    async with running() as (_, desktop, ports, http):
+        guest = Guest(http, ports.guest)
+        await guest.execute("true")
+        desktop.behaviour = Behaviour(on={"/execute": Fault("error"), "*": Fault("garbage", call=3)})
+        asked = [await outcome(guest.execute("true")) for _ in range(4)]
+    assert [one is GuestMisbehaved for one in asked] == [True, False, True, False]
+
+
+async def test_a_reset_connection_is_reset_and_not_closed() -> None:
+    async with running(Behaviour(on={"/platform": Fault("reset", times=2)})) as (_, _, ports, http):
+        with pytest.raises(aiohttp.ClientOSError, match="reset by peer"):
+            await get(http, f"{ports.guest}/platform")
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("route", ["/json/version", "/json/list", "/devtools/browser", "Target.getTargets"])
+async def test_a_fault_hits_chrome_in_its_way(route: str, way: Way) -> None:
+    async def pages(cdp: Cdp) -> int:
+        async with cdp.browser(0.2) as browser:
+            return len(await browser.pages()) + len(await cdp.pages())
+
+    async with running(Behaviour(on={route: fault(way, route)})) as (_, desktop, ports, http):
+        cdp = Cdp(http, ports.cdp)
+        hit, after = await outcome(pages(cdp)), await outcome(pages(cdp))
+        assert hit in BROKEN or (route, way, hit) == ("/json/list", "size", 1)
+        assert after == (GuestUnreachable if way == "die" else 2)
+        assert desktop.gone.is_set() == (way == "die")
+
+
+@pytest.mark.parametrize(
+    ("make", "complaint"),
+    [
+        pytest.param(lambda: Fault(cast(Way, "rude")), "a fault is one of reset, lose", id="way"),
+        pytest.param(lambda: Fault("reset", call=0), "count from 1", id="call"),
+        pytest.param(lambda: Fault("reset", times=0), "count from 1", id="times"),
+        pytest.param(lambda: Behaviour(on={"execute": Fault("reset")}), "on takes routes", id="route"),
+    ],
+)
+def test_a_fault_that_could_never_strike_is_refused(make: Callable[[], Any], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        make()
+
+
+async def test_everything_asked_is_told_in_order_and_in_words(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"abc")
+    async with running() as (_, desktop, ports, http):
+        guest = Guest(http, ports.guest)
+        await guest.upload("/t/ü", tmp_path / "a")
+        await guest.file("/t/ü")
+        await guest.execute(["echo", 'a "b"'])
+        async with Cdp(http, ports.cdp).browser() as browser:
+            await browser.send("Target.createTarget", {"url": "http://a.example/"})
+        assert [(call.route, call.said) for call in desktop.calls] == [
+            ("/setup/upload", "/t/ü"),
+            ("/file", "/t/ü"),
+            ("/execute", 'echo a "b"'),
+            ("/json/version", ""),
+            ("/devtools/browser", desktop.chrome.browser_id),
+            ("Target.createTarget", "http://a.example/"),
+        ]
 
 
 async def test_dying_dies_while_it_boots_with_its_reason() -> None:

@@ -3,13 +3,17 @@
 For tests, demos and benchmarks. A desktop draws a simple picture, follows pyautogui programs, and is fast unless the
 setting `ENVD_SIM` or the test that made it says otherwise.
 
-behaviour.py  how a desktop is told to behave     driver.py   the driver and its journal
-desktop.py    one desktop and its life            ports.py    a port that opens and shuts
-guest.py      the guest port                      cdp.py      the CDP port
-gui.py        state, and the programs that change it   picture.py  what it looks like   answers.py  bad answers
+behaviour.py  how a desktop is told to behave     driver.py    the driver and its journal
+desktop.py    one desktop and its life            ports.py     a port that opens and shuts
+guest.py      the guest port                      cdp.py       the CDP port
+shell.py      the commands that it knows          devtools.py  the CDP port's websockets
+files.py      its files                           gui.py       its screen, and the programs that change it
+calls.py      what was asked of it                picture.py   what it looks like
+answers.py    bad answers
 """
 
-from .behaviour import BAD, FOREVER, PRESETS, Bad, Behaviour
+from .behaviour import BAD, FOREVER, PRESETS, WAYS, Bad, Behaviour, Fault, Way
+from .calls import Call
 from .desktop import Desktop
 from .driver import Entry, SimDriver, boots_in_flight_max
 from .gui import Click, Gui
@@ -18,12 +22,16 @@ __all__ = [
     "BAD",
     "FOREVER",
     "PRESETS",
+    "WAYS",
     "Bad",
     "Behaviour",
+    "Call",
     "Click",
     "Desktop",
     "Entry",
+    "Fault",
     "Gui",
     "SimDriver",
+    "Way",
     "boots_in_flight_max",
 ]

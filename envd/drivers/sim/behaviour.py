@@ -11,8 +11,8 @@ import difflib
 import math
 import random
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, get_args
 
 from ...errors import SettingsError
@@ -36,13 +36,51 @@ huge      a body that ends after 256 MiB
 stall     no answer at all
 """
 BAD: tuple[Bad, ...] = get_args(Bad)
+Way = Literal["reset", "lose", "die"] | Bad
+"""Ways in which a call can go wrong: those of `Bad`, and
+
+reset  the connection is reset before anything is done
+lose   the work is done, and the connection closes without an answer
+die    the instance dies before anything is done
+
+With those in ACTING the work is done, since they are made of the right answer; with the others nothing is.
+On a websocket there is neither redirect nor drip: a command that should go wrong so is answered as with error.
+"""
+WAYS: tuple[Way, ...] = ("reset", "lose", "die", *BAD)
+ACTING: tuple[Way, ...] = ("lose", "half", "cut", "drip")
 FOREVER = sys.maxsize
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """The `call`th of some calls, counted from 1, goes wrong in this way, and so do the next `times` - 1.
+
+    A client that sends a call again is only stopped by `times`: aiohttp does so, once, with a GET (also the one that
+    opens a websocket) whose connection is reset or lost, and the evaluators do so with whatever only reads.
+    """
+
+    way: Way
+    call: int = 1
+    times: int = 1
+
+    def __post_init__(self) -> None:
+        if self.way not in WAYS:
+            raise ValueError(f"a fault is one of {', '.join(WAYS)}")
+        if self.call < 1 or self.times < 1:
+            raise ValueError("call and times count from 1")
+
+    def strikes(self, call: int) -> bool:
+        return self.call <= call < self.call + self.times
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Behaviour:
-    """Durations are seconds. Routes are paths such as /execute; * means every route of both
-    ports. Ready is an instance that has given a good answer to /screenshot and one to /json/list."""
+    """Durations are seconds. Ready is an instance that has given a good answer to /screenshot and one to /json/list.
+
+    Routes are paths such as /execute, whose other name /setup/execute is the same route. /devtools/browser and
+    /devtools/page are the opening of a websocket; a command on it has its method for a route, such as Page.navigate.
+    * means every route of both ports.
+    """
 
     create_s: float = 0.0
     """`create` takes so long."""
@@ -84,7 +122,17 @@ class Behaviour:
     lose: str = ""
     """Then this route does its work, and the connection breaks without an answer."""
     spoil: str = ""
-    """Then this route answers in the ways of `bad`, in turn, and does nothing."""
+    """Then this route answers in the ways of `bad`, in turn."""
+    on: Mapping[str, Fault] = field(default_factory=dict)
+    """Which calls go wrong: a route, or a route, a blank and words that the call must hold (`Call.said`) → how.
+
+    >>> Behaviour(on={"/file": Fault("reset"), "/execute rm -r": Fault("die"), "/screenshot": Fault("half", call=3)})
+
+    Calls are counted from when the desktop was made or was last given a behaviour, whether it is ready or not. Until
+    it is, the daemon has it at: /screenshot 2, /json/list 2, /devtools/browser 1; from then on it looks at
+    /json/version by the clock, so that calls of that route and of * cannot be counted beforehand.
+    The setting `ENVD_SIM` has no spelling for this.
+    """
     destroy_s: float = 0.0
     """`destroy` takes so long."""
     destroy_fails: int = 0
@@ -108,6 +156,9 @@ class Behaviour:
             route = getattr(self, name)
             if route and route != "*" and not route.startswith("/"):
                 raise ValueError(f"{name} takes a route, such as /execute, or *")
+        for route in (asked.partition(" ")[0] for asked in self.on):
+            if not (route == "*" or route.startswith("/") or "." in route):
+                raise ValueError("on takes routes, such as /execute, Page.navigate or *")
 
     @classmethod
     def parse(cls, text: str) -> Behaviour:
@@ -179,7 +230,7 @@ def _several(value: str) -> tuple[str, ...]:
     return tuple(value.split("+"))
 
 
-_FIELDS = {_key(field.name): field.name for field in fields(Behaviour)}
+_FIELDS = {_key(one.name): one.name for one in fields(Behaviour) if one.name != "on"}
 _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "float": (_seconds, "a number"),
     "float | None": (_seconds_or_never, "a number, launch or none"),
@@ -190,7 +241,7 @@ _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
 
 
 def _value(text: str, key: str, value: str) -> Any:
-    kind = next(str(field.type) for field in fields(Behaviour) if field.name == _FIELDS[key])
+    kind = next(str(one.type) for one in fields(Behaviour) if one.name == _FIELDS[key])
     read, wanted = _READERS.get(kind, (str, "text"))
     try:
         return read(value)

@@ -1,24 +1,23 @@
-"""The CDP port of a sim desktop: Chrome's HTTP endpoints, and a websocket that knows a handful of methods."""
+"""The CDP port of a sim desktop: Chrome's pages, and the HTTP endpoints that list them."""
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from aiohttp import WSMsgType, web
+from aiohttp import web
 
 from .answers import answer_badly, as_json
+from .behaviour import ACTING, Way
+from .devtools import Conversation
 
 if TYPE_CHECKING:
     from .desktop import Desktop
 
 PRODUCT = "Chrome/140.0.0.0"
 USER_AGENT = "Mozilla/5.0 (X11; Linux x86_64) AppleWebKit/537.36 (KHTML, like Gecko) Chrome/140.0.0.0 Safari/537.36"
-LISTS = ("/json", "/json/list")
-PROBED = ("/json/version", *LISTS)
-Params = dict[str, Any]
+LIST = "/json/list"
 
 
 class Chrome:
@@ -26,52 +25,76 @@ class Chrome:
 
     def __init__(self, desktop: Desktop) -> None:
         self.desktop = desktop
-        self.browser_id = _identity(f"{desktop.id}/browser").lower()
+        self.browser_id = self.identity(f"{desktop.id}/browser").lower()
         self.pages: dict[str, str] = {}
         self._made = 0
-        self.open_page("about:blank")
-        self._methods: dict[str, Callable[[Params], Params]] = {
-            "Browser.getVersion": self._version,
-            "Page.enable": _nothing,
-            "Page.navigate": self._navigate,
-            "Runtime.enable": _nothing,
-            # What is asked of a page is whether it is drawn, and these always are.
-            "Runtime.evaluate": lambda params: {"result": {"type": "boolean", "value": True}},
-            "Target.activateTarget": _nothing,
-            "Target.attachToTarget": self._attach,
-            "Target.closeTarget": self._close_target,
-            "Target.createTarget": lambda params: {"targetId": self.open_page(str(params.get("url", "")))},
-            "Target.getTargets": lambda params: {"targetInfos": [self._target(page) for page in self.pages]},
-            "Target.setDiscoverTargets": _nothing,
-        }
+        self.show([], afresh=True)
 
     def open_page(self, url: str) -> str:
         """Open a page and return its target id."""
         self._made += 1
-        page = _identity(f"{self.desktop.id}/page/{self._made}")
+        page = self.identity(f"{self.desktop.id}/page/{self._made}")
         self.pages[page] = url or "about:blank"
         return page
 
+    def show(self, urls: Iterable[str], *, afresh: bool) -> None:
+        """Open pages as a Chrome does that is launched with `urls`: a running one adds them to those that it has."""
+        if afresh:
+            self.pages.clear()
+        for url in urls:
+            self.open_page(url)
+        if not self.pages:
+            self.open_page("about:blank")
+
+    def listed(self) -> list[str]:
+        """The target ids that it tells of."""
+        return [] if self.desktop.behaviour.cdp_no_page else list(self.pages)
+
+    def version(self) -> dict[str, str]:
+        return {
+            "protocolVersion": "1.3",
+            "product": PRODUCT,
+            "revision": "@0",
+            "userAgent": USER_AGENT,
+            "jsVersion": "14.0",
+        }
+
+    @staticmethod
+    def identity(seed: str) -> str:
+        """An id as Chrome's look."""
+        return hashlib.md5(seed.encode(), usedforsecurity=False).hexdigest().upper()
+
     async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
-        route = request.path.rstrip("/") or "/"
-        await self.desktop.before_answering(route)
-        if route.startswith("/devtools/"):
-            return await self._talk(request, route)
-        found = self._found(request, route)
-        bad = self.desktop.next_bad("/json/list" if route in LISTS else route, probed=route in PROBED)
-        if bad is not None:
-            right = found.body if isinstance(found.body, bytes) else b""
-            return await answer_badly(request, bad, right, b"{}", b'[{"id": 1}, 2]', "application/json")
-        if route in LISTS and self._listed():
+        path = request.path.rstrip("/") or "/"
+        route = LIST if path == "/json" else path
+        kind, _, name = path.removeprefix("/devtools/").partition("/")
+        if path.startswith("/devtools/"):
+            route = f"/devtools/{kind}"
+        way = self.desktop.asked(route, name if route != path else request.query_string)
+        if way is not None:
+            return await self._go_wrong(request, route, way)
+        if path.startswith("/devtools/"):
+            return await self._talk(request, kind, name)
+        if route == LIST and self.listed():
             self.desktop.seen_good("page list")
-        return found
+        return self._found(request, route)
+
+    async def _go_wrong(self, request: web.BaseRequest, route: str, way: Way) -> web.StreamResponse:
+        right = self._found(request, route).body if way in ACTING else b""
+        body = right if isinstance(right, bytes) else b""
+        return await answer_badly(request, way, body, b"{}", b'[{"id": 1}, 2]', "application/json")
+
+    async def _talk(self, request: web.BaseRequest, kind: str, name: str) -> web.StreamResponse:
+        if not (kind == "browser" and name == self.browser_id) and not (kind == "page" and name in self.pages):
+            return web.Response(status=404, text="No such target id")
+        return await Conversation(self, request, name if kind == "page" else None).hold()
 
     def _found(self, request: web.BaseRequest, route: str) -> web.Response:
         verb, _, argument = route.removeprefix("/json/").partition("/")
         if route == "/json/version":
             return as_json(self._about(request.host))
-        if route in LISTS:
-            return as_json([self._described(page, request.host) for page in self._listed()])
+        if route == LIST:
+            return as_json([self._described(page, request.host) for page in self.listed()])
         if verb == "new" and request.method in ("PUT", "GET"):
             return as_json(self._described(self.open_page(request.query_string), request.host))
         if verb in ("activate", "close") and argument in self.pages:
@@ -81,9 +104,6 @@ class Chrome:
         known = verb in ("activate", "close")
         return web.Response(status=404, text=f"No such target id: {argument}" if known else f"Unknown command: {route}")
 
-    def _listed(self) -> list[str]:
-        return [] if self.desktop.behaviour.cdp_no_page else list(self.pages)
-
     def _about(self, host: str) -> dict[str, str]:
         return {
             "Browser": PRODUCT,
@@ -92,7 +112,7 @@ class Chrome:
             "webSocketDebuggerUrl": f"ws://{host}/devtools/browser/{self.browser_id}",
         }
 
-    def _described(self, page: str, host: str) -> dict[str, str]:
+    def _described(self, page: str, host: str) -> dict[str, Any]:
         url = self.pages[page]
         return {
             "description": "",
@@ -102,75 +122,3 @@ class Chrome:
             "url": url,
             "webSocketDebuggerUrl": f"ws://{host}/devtools/page/{page}",
         }
-
-    # The websocket
-
-    async def _talk(self, request: web.BaseRequest, route: str) -> web.StreamResponse:
-        kind, _, name = route.removeprefix("/devtools/").partition("/")
-        if not (kind == "browser" and name == self.browser_id) and not (kind == "page" and name in self.pages):
-            return web.Response(status=404, text="No such target id")
-        socket = web.WebSocketResponse(max_msg_size=1 << 24)
-        await socket.prepare(request)
-        async for message in socket:
-            if message.type is WSMsgType.TEXT:
-                await socket.send_str(json.dumps(self._reply(message.data, name)))
-        return socket
-
-    def _reply(self, text: str, page: str) -> Params:
-        try:
-            command = json.loads(text)
-        except ValueError:
-            return _error(None, -32700, "Message must be a valid JSON")
-        if not isinstance(command, dict) or not isinstance(command.get("id"), int):
-            return _error(None, -32600, "Message must have integer 'id' property")
-        method, params = command.get("method"), command.get("params") or {}
-        if method not in self._methods:
-            return _error(command, -32601, f"'{method}' wasn't found")
-        try:
-            result = self._methods[method]({"targetId": page, **params})
-        except KeyError:
-            return _error(command, -32602, "No target with given id found")
-        return _addressed(command, {"result": result})
-
-    def _version(self, params: Params) -> Params:
-        return {
-            "protocolVersion": "1.3",
-            "product": PRODUCT,
-            "revision": "@0",
-            "userAgent": USER_AGENT,
-            "jsVersion": "14.0",
-        }
-
-    def _target(self, page: str) -> Params:
-        url = self.pages[page]
-        return {"targetId": page, "type": "page", "title": url, "url": url, "attached": False, "canAccessOpener": False}
-
-    def _navigate(self, params: Params) -> Params:
-        page = params["targetId"] if params["targetId"] in self.pages else next(iter(self.pages))
-        self.pages[page] = str(params["url"])
-        return {"frameId": page, "loaderId": _identity(f"{page}/{params['url']}")}
-
-    def _attach(self, params: Params) -> Params:
-        self.pages[params["targetId"]]
-        return {"sessionId": _identity(f"{params['targetId']}/session")}
-
-    def _close_target(self, params: Params) -> Params:
-        del self.pages[params["targetId"]]
-        return {"success": True}
-
-
-def _nothing(params: Params) -> Params:
-    return {}
-
-
-def _error(command: Params | None, code: int, message: str) -> Params:
-    return _addressed(command, {"error": {"code": code, "message": message}})
-
-
-def _addressed(command: Params | None, answer: Params) -> Params:
-    """An answer carries the command's id, and the session it came from."""
-    return {key: command[key] for key in ("id", "sessionId") if command and key in command} | answer
-
-
-def _identity(seed: str) -> str:
-    return hashlib.md5(seed.encode(), usedforsecurity=False).hexdigest().upper()

@@ -12,9 +12,11 @@ from typing import Literal
 from aiohttp import web
 
 from ..base import Death
-from .answers import answer_badly, silence
-from .behaviour import Bad, Behaviour
+from .answers import answer_badly
+from .behaviour import Behaviour, Way
+from .calls import SAID_KEPT, Call
 from .cdp import Chrome
+from .files import README, TIMEZONE
 from .guest import Guest
 from .gui import Gui
 from .picture import Scene, flat, render
@@ -22,15 +24,22 @@ from .ports import Port
 
 Change = Literal["ready", "died"]
 BROWSERS = ("google-chrome", "google-chrome-stable", "chromium", "chromium-browser", "chrome")
+PROBED = ("/screenshot", "/json/version", "/json/list")
+"""Routes that readiness is judged by."""
+CALLS_KEPT = 10_000
 
 
 class Desktop:
-    """One simulated machine. Tests may look at everything here, and replace `behaviour` while it runs.
+    """One simulated machine. Tests may look at everything here, and change it while it runs.
 
-    inputs    every Python program that was applied, in order: for counting how often each was
-    requests  route → how many requests for it arrived, on either port
-    launched  every command given to /setup/launch
-    files     absolute path → bytes
+    calls      everything that was asked of either port, in order: the last 10,000
+    requests   route → how many calls of it there were
+    inputs     every Python program that was applied, in order: for counting how often each was
+    launched   every command given to /setup/launch
+    files      absolute path → bytes
+    downloads  URL → what /setup/download_file finds there
+    wallpaper  path of the picture, or ""
+    terminal   what the terminal shows, None when none is open
     """
 
     def __init__(
@@ -44,9 +53,12 @@ class Desktop:
         self.id = instance_id
         self.number = number
         self.screen = screen
-        self.behaviour = behaviour
         self.gui = Gui(screen)
-        self.files: dict[str, bytes] = {"/home/user/Desktop/README.txt": b"A simulated desktop.\n"}
+        self.files: dict[str, bytes] = dict((README, TIMEZONE))
+        self.downloads: dict[str, bytes] = {}
+        self.wallpaper = ""
+        self.terminal: str | None = None
+        self.calls: deque[Call] = deque(maxlen=CALLS_KEPT)
         self.inputs: list[str] = []
         self.launched: list[str | list[str]] = []
         self.requests: Counter[str] = Counter()
@@ -62,8 +74,20 @@ class Desktop:
         self._ready_at = 0.0
         self._seen: set[str] = set()
         self._bad_answers: Counter[str] = Counter()
+        self._matches: Counter[str] = Counter()
+        self._behaviour = behaviour
         self._frame: tuple[Scene, bytes] | None = None
         self._life: asyncio.Task[None] | None = None
+
+    @property
+    def behaviour(self) -> Behaviour:
+        return self._behaviour
+
+    @behaviour.setter
+    def behaviour(self, behaviour: Behaviour) -> None:
+        """From here on it behaves so; what its life began with is not done again."""
+        self._behaviour = behaviour
+        self._matches.clear()
 
     # Its life
 
@@ -163,11 +187,13 @@ class Desktop:
             self.say("Chrome stopped")
 
     async def launch(self, command: str | list[str]) -> None:
-        """Take note of a launched program; a browser brings CDP up."""
+        """Take note of a launched program; a browser brings CDP up, and opens the pages that it is given."""
         self.launched.append(command)
         self.say(f"launched {command}")
         words = command.split() if isinstance(command, str) else command
         if any(word.rpartition("/")[2] in BROWSERS for word in words[:1]):
+            starts = self.cdp_port is not None and not self.cdp_port.is_open
+            self.chrome.show([word for word in words[1:] if "://" in word], afresh=starts)
             await self.open_cdp()
 
     # What both ports share
@@ -178,30 +204,44 @@ class Desktop:
             self._frame = (scene, await asyncio.to_thread(render, scene))
         return self._frame[1]
 
-    async def before_answering(self, route: str) -> None:
-        """Count the request; keep silent for ever where told."""
+    def asked(self, route: str, said: str = "") -> Way | None:
+        """Take note of a call; how its answer is to go wrong, if it is. It may have died when this returns."""
         self.requests[route] += 1
-        if self.behaviour.never or self._troubled(self.behaviour.hang, route):
-            await silence()
+        self.calls.append(Call(time.monotonic(), route, said[:SAID_KEPT]))
+        way = self._way(route, said)
+        if way == "die":
+            self.die(Death(self.behaviour.death))
+        return way
 
-    def next_bad(self, route: str, *, probed: bool) -> Bad | None:
-        """How this answer is to be bad, if at all. `probed`: the route is one that readiness is judged by."""
+    def _way(self, route: str, said: str) -> Way | None:
         behaviour = self.behaviour
-        spoiled = self._troubled(behaviour.spoil, route)
-        if not spoiled and not (probed and self._bad_answers[route] < behaviour.flaky):
-            return None
-        self._bad_answers[route] += 1
-        return behaviour.bad[(self._bad_answers[route] - 1) % len(behaviour.bad)]
+        fault = self._fault(route, said)
+        if behaviour.never or self._troubled(behaviour.hang, route):
+            return "stall"
+        if fault is not None:
+            return fault
+        flaky = route in PROBED and self._bad_answers[route] < behaviour.flaky
+        if flaky or self._troubled(behaviour.spoil, route):
+            self._bad_answers[route] += 1
+            return behaviour.bad[(self._bad_answers[route] - 1) % len(behaviour.bad)]
+        return "lose" if self._troubled(behaviour.lose, route) else None
 
-    def loses(self, route: str) -> bool:
-        return self._troubled(self.behaviour.lose, route)
+    def _fault(self, route: str, said: str) -> Way | None:
+        """What `on` says of this call. Every key that it matches counts it; the first that strikes decides."""
+        struck: Way | None = None
+        for asked, fault in self.behaviour.on.items():
+            wanted, _, words = asked.partition(" ")
+            if wanted in ("*", route) and words in said:
+                self._matches[asked] += 1
+                struck = struck or (fault.way if fault.strikes(self._matches[asked]) else None)
+        return struck
 
     def _troubled(self, told: str, route: str) -> bool:
         begun = self.ready.is_set() and time.monotonic() >= self._ready_at + self.behaviour.trouble_s
         return begun and told in ("*", route)
 
-    async def bad_screenshot(self, request: web.BaseRequest, bad: Bad) -> web.StreamResponse:
+    async def bad_screenshot(self, request: web.BaseRequest, way: Way) -> web.StreamResponse:
         half = (self.screen[0] // 2, self.screen[1] // 2)
         small = await asyncio.to_thread(render, replace(self.gui.scene(), screen=half))
         plain = await asyncio.to_thread(flat, self.screen)
-        return await answer_badly(request, bad, await self.screenshot(), plain, small, "image/png")
+        return await answer_badly(request, way, await self.screenshot(), plain, small, "image/png")

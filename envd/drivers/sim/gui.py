@@ -1,14 +1,15 @@
 """The state of a sim desktop's screen, and the pyautogui programs that change it.
 
 A program is read with `ast` and walked; nothing of it is ever executed. What is understood: imports, plain
-assignments, and calls of pyautogui, time, pyperclip, platform and print with literal arguments. Everything else ends
-the program with the traceback that Python would have given, or one that says so.
+assignments, and calls of pyautogui, time, pyperclip, platform, os and print with literal arguments. Everything else
+ends the program with the traceback that Python would have given, or one that says so.
 """
 
 from __future__ import annotations
 
 import ast
 import asyncio
+import posixpath
 import textwrap
 import time
 import traceback
@@ -17,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from .files import HOME, absolute
 from .picture import COLUMNS, LINES, Scene
 
 MODULES = ("pyautogui", "time", "pyperclip", "platform", "os", "sys")
@@ -227,19 +229,29 @@ class Gui:
     def _set_typed(self, text: str) -> None:
         self.typed, self._all_selected = text, False
 
-    # Windows, matched as wmctrl does: a part of the title, whatever the case
+    # Windows, matched as wmctrl does: a part of the title or the class, whatever the case, unless `strict`
 
-    def raise_window(self, title: str) -> None:
-        for window in self._matching(title)[:1]:
+    def raise_window(self, name: str, *, strict: bool = False, by_class: bool = False) -> None:
+        for window in self.matching(name, strict=strict, by_class=by_class)[:1]:
             self.windows.remove(window)
             self.windows.append(window)
 
-    def close_window(self, title: str) -> None:
-        for window in self._matching(title)[:1]:
+    def close_window(self, name: str, *, strict: bool = False, by_class: bool = False) -> None:
+        for window in self.matching(name, strict=strict, by_class=by_class)[:1]:
             self.windows.remove(window)
 
-    def _matching(self, title: str) -> list[str]:
-        return [window for window in self.windows if title.lower() in window.lower()]
+    def matching(self, name: str, *, strict: bool = False, by_class: bool = False) -> list[str]:
+        """The titles of the windows that are meant, from back to front."""
+        named = {window: self.class_of(window) if by_class else window for window in self.windows}
+        if strict:
+            return [window for window, known in named.items() if known == name]
+        return [window for window, known in named.items() if name.lower() in known.lower()]
+
+    @staticmethod
+    def class_of(window: str) -> str:
+        """A window's instance and class, as `wmctrl -lx` prints them: Google Chrome has google-chrome.Google-chrome."""
+        name = "-".join(window.lower().split())
+        return f"{name}.{name.capitalize()}"
 
     # What a program may call, by its full name
 
@@ -262,6 +274,9 @@ class Gui:
             "pyperclip.paste": lambda: self.clipboard,
             "platform.system": lambda: "Linux",
             "platform.machine": lambda: "x86_64",
+            "os.getenv": {"HOME": HOME, "USER": "user", "DISPLAY": ":0"}.get,
+            "os.path.join": posixpath.join,
+            "os.path.expanduser": absolute,
         }
 
     def _sleep(self, secs: float) -> None:
