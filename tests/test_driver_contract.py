@@ -22,7 +22,7 @@ from envd.boot.probes import Readiness
 from envd.drivers import make_driver
 from envd.drivers.base import Death, Driver, InstanceSpec
 from envd.drivers.sim import SimDriver
-from envd.errors import BootFailed
+from envd.errors import BootFailed, GuestMisbehaved
 from envd.guest import Cdp, Guest
 from envd.models import Endpoints, Probe
 from envd.settings import Settings
@@ -108,6 +108,71 @@ async def test_an_instance_answers_on_both_ports(provider: Provider, tmp_path: P
         assert image.size == SCREEN
     assert "Chrom" in version["Browser"]
     assert len(pages) == 1
+
+
+@every_driver
+async def test_a_file_comes_back_as_it_was_sent_and_commands_see_it(provider: Provider, tmp_path: Path) -> None:
+    content = bytes(range(256)) * 5000
+    (tmp_path / "sent").write_bytes(content)
+    path = "/tmp/made for it/ü.bin"
+    async with provider.driver(tmp_path) as driver, ready(driver, "a-1") as [at], aiohttp.ClientSession() as http:
+        guest = Guest(http, at.guest)
+        await guest.upload(path, tmp_path / "sent")
+        assert await guest.file(path) == content
+        assert (await guest.execute(["test", "-s", path])).returncode == 0
+        assert (await guest.execute(f"rm '{path}' && test -e '{path}'", shell=True)).returncode == 1
+        with pytest.raises(GuestMisbehaved) as caught:
+            await guest.file(path)
+    assert caught.value.facts["http_status"] == 404
+    assert caught.value.facts["refused"]
+
+
+@every_driver
+@pytest.mark.parametrize(
+    ("command", "shell", "outcome"),
+    [
+        pytest.param(["echo", "a b"], False, (0, "a b\n"), id="words"),
+        pytest.param("echo 'a b'", False, (0, "a b\n"), id="text"),
+        pytest.param("false || echo a; false", True, (1, "a\n"), id="shell"),
+        pytest.param(["python", "-c", "import platform; print(platform.system())"], False, (0, "Linux\n"), id="python"),
+        pytest.param("cat /nowhere/at/all", True, (1, ""), id="fails"),
+    ],
+)
+async def test_a_command_gives_its_output_and_return_code(
+    provider: Provider, command: list[str] | str, shell: bool, outcome: tuple[int, str], tmp_path: Path
+) -> None:
+    async with provider.driver(tmp_path) as driver, ready(driver, "a-1") as [at], aiohttp.ClientSession() as http:
+        done = await Guest(http, at.guest).execute(command, shell=shell)
+    assert (done.returncode, done.stdout) == outcome
+
+
+@every_driver
+async def test_pages_are_opened_visited_and_closed_over_the_websocket(provider: Provider, tmp_path: Path) -> None:
+    async with provider.driver(tmp_path) as driver, ready(driver, "a-1") as [at], aiohttp.ClientSession() as http:
+        cdp = Cdp(http, at.cdp)
+        async with cdp.browser() as browser:
+            [first] = await browser.pages()
+            made = (await browser.send("Target.createTarget", {"url": "about:blank"}))["targetId"]
+            session = await browser.attach(made)
+            await browser.send("Page.enable", session_id=session)
+            with browser.events("Page.loadEventFired", session) as loads:
+                await browser.send("Page.navigate", {"url": "about:blank?x"}, session_id=session)
+                await loads.receive()
+            assert {page["url"] for page in await cdp.pages()} == {first["url"], "about:blank?x"}
+            with browser.events("Target.detachedFromTarget") as ends:
+                await browser.send("Target.closeTarget", {"targetId": made})
+                assert (await ends.receive())["sessionId"] == session
+        assert [page["id"] for page in await cdp.pages()] == [first["targetId"]]
+        assert await cdp.painted(10)
+
+
+@every_driver
+async def test_a_window_that_is_not_there_is_no_error(provider: Provider, tmp_path: Path) -> None:
+    async with provider.driver(tmp_path) as driver, ready(driver, "a-1") as [at], aiohttp.ClientSession() as http:
+        guest = Guest(http, at.guest)
+        assert await guest.tell("/setup/activate_window", {"window_name": "no such window"}, 20)
+        assert await guest.tell("/setup/close_window", {"window_name": "no such window"}, 20)
+        assert await guest.post("/screen_size", {}, 20) == {"width": SCREEN[0], "height": SCREEN[1]}
 
 
 @every_driver
