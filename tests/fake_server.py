@@ -21,7 +21,8 @@ from typing import Any
 from aiohttp import web
 from PIL import Image
 
-from envd.errors import Draining, EnvdError, JobCancelled, NotEvaluable, TooManyWatchers, UnknownJob
+from envd.errors import Draining, EnvdError, JobCancelled, NotFound, TooManyWatchers, UnknownJob
+from envd.errors import Fault as Blame
 from envd.models import (
     ActionOutcome,
     ActionResult,
@@ -32,7 +33,11 @@ from envd.models import (
     Job,
     JobKind,
     JobState,
+    Provenance,
+    ResetPath,
     StepResult,
+    Verdict,
+    VerdictStatus,
 )
 
 
@@ -58,6 +63,8 @@ class FakeServer:
         """(method, path with query, {"body", "last_event_id"})"""
         self.history: list[dict[str, Any]] = []
         self.score: Any = 1.0
+        self.verdict = verdict()
+        self.bundles: dict[str, bytes] = {}
         self.streams = 0
         self._faults: dict[tuple[str, str], deque[Fault]] = defaultdict(deque)
         self._changed = asyncio.Event()
@@ -115,6 +122,9 @@ class FakeServer:
                 web.get("/v1/envs/{env}/history", self._history),
                 web.get("/v1/envs/{env}", self._env),
                 web.get("/v1/envs", self._envs),
+                web.get("/v1/episodes", self._episodes),
+                web.get("/v1/episodes/{episode}/verdict", self._verdict),
+                web.get("/v1/episodes/{episode}/bundle", self._bundle),
                 web.get("/v1/queue", self._queue),
                 web.post("/v1/prewarm", self._prewarm),
                 web.get("/v1/jobs", self._jobs),
@@ -249,7 +259,20 @@ class FakeServer:
         return web.json_response({"history_messages": self.history})
 
     async def _evaluate(self, request: web.Request) -> web.Response:
-        raise NotEvaluable("No evaluator is installed.")
+        return web.json_response(document(self.verdict) | {"links": self.verdict.links})
+
+    async def _episodes(self, request: web.Request) -> web.Response:
+        return web.json_response({"episodes": list(self.bundles)})
+
+    async def _verdict(self, request: web.Request) -> web.Response:
+        if request.match_info["episode"] != self.verdict.episode_id:
+            raise NotFound("There is no verdict of that episode.")
+        return await self._evaluate(request)
+
+    async def _bundle(self, request: web.Request) -> web.StreamResponse:
+        if request.match_info["episode"] not in self.bundles:
+            raise NotFound("There is no bundle of that episode.")
+        return await _tar(request, self.bundles[request.match_info["episode"]])
 
     async def _ready(self, request: web.Request) -> web.Response:
         return web.json_response({"ready": False, "reasons": ["no desktop yet"]}, status=503)
@@ -355,6 +378,43 @@ def document(model: Any) -> dict[str, Any]:
     return result
 
 
+def verdict(**facts: Any) -> Verdict:
+    """One with a score, unless `facts` say otherwise."""
+    provenance = Provenance(
+        server_version="0.1.0",
+        provider="sim",
+        image="sim",
+        task_hash="00",
+        screen=(4, 3),
+        steps=1,
+        actions=1,
+        end_reason=EndReason.DONE,
+        reset_path=ResetPath.COLD,
+    )
+    scored = {"status": VerdictStatus.SCORED, "score": 1.0, "raw": (1.0,), "mask": False}
+    about = {"episode_id": "e1", "env": 0, "task_id": "t", "provenance": provenance, "evaluated_at": time.time()}
+    return Verdict.model_validate(about | scored | facts)
+
+
+NO_SCORE: dict[str, Any] = {
+    "status": VerdictStatus.INFRA_ERROR,
+    "score": None,
+    "raw": None,
+    "mask": True,
+    "fault": Blame.INFRA,
+    "code": "guest_unreachable",
+    "detail": "The guest went away.",
+}
+"""What makes a verdict one without a score."""
+
+
+async def _tar(request: web.Request, content: bytes) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "application/x-tar"})
+    await response.prepare(request)
+    await response.write(content)
+    return response
+
+
 def problem(error: EnvdError, **headers: str) -> web.Response:
     if error.retry_after is not None:
         headers["Retry-After"] = str(error.retry_after)
@@ -417,6 +477,24 @@ async def endless_body(request: web.Request) -> web.StreamResponse:
     await response.prepare(request)
     while True:
         await response.write(b" " * 1024 * 1024)
+
+
+async def endless_bundle(request: web.Request) -> web.StreamResponse:
+    response = await _tar(request, b"")
+    while True:
+        await response.write(b"\0" * 1024 * 1024)
+
+
+async def half_a_bundle(request: web.Request) -> web.StreamResponse:
+    """Lost in the middle."""
+    response = await _tar(request, b"\0" * 3 * 1024 * 1024)
+    await reset_connection(request)
+    return response
+
+
+async def bundle_that_stalls(request: web.Request) -> web.StreamResponse:
+    await _tar(request, b"\0" * 3 * 1024 * 1024)
+    return await asyncio.Event().wait()  # type: ignore[return-value]  # never comes
 
 
 async def half_an_event(request: web.Request) -> web.StreamResponse:

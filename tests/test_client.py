@@ -1,6 +1,8 @@
 import asyncio
 import json
+import tarfile
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
 from typing import Any
@@ -8,19 +10,25 @@ from typing import Any
 import pytest
 from daemon_process import daemon as process
 from fake_server import (
+    NO_SCORE,
     PNG,
     FakeServer,
     Fault,
     answering,
+    bundle_that_stalls,
     draining,
     endless_body,
+    endless_bundle,
+    half_a_bundle,
     half_an_event,
     reset_connection,
     saying,
     serving,
     silent,
     too_many,
+    verdict,
 )
+from serving import eventually
 from serving import serving as daemon
 
 from envd.client import Client
@@ -30,22 +38,25 @@ from envd.drivers.sim import Behaviour
 from envd.errors import (
     BootTimeout,
     EnvdError,
+    GuestUnreachable,
     InfraError,
     InvalidRequest,
     JobCancelled,
     JobExpired,
     JobSuperseded,
     NoEpisode,
-    NotEvaluable,
+    NotFound,
     QueueFull,
     RequestError,
     ServerUnreachable,
     SettingsError,
+    SetupFailed,
     StillBooting,
     UnknownEnv,
     UnknownJob,
 )
-from envd.models import Event, Job, JobState
+from envd.errors import Fault as Blame
+from envd.models import Event, Job, JobState, SetupOutcome, SetupRecord, VerdictStatus
 
 # The parser
 
@@ -150,6 +161,30 @@ async def test_reset_raises_the_error_its_job_ended_with(changes: dict[str, Any]
         with pytest.raises(error) as raised:
             await reset
     assert raised.value.facts["job_id"] == "job-1"
+
+
+async def test_a_reset_says_which_limits_it_is_given_and_no_others() -> None:
+    async with serving() as server, Client(server.url) as client:
+        await client.submit_reset(max_steps=3, counts="predictions", episode_timeout_s=60, screen=(4, 3))
+        with pytest.raises(StillBooting):
+            await client.env(0).reset(counts="actions", max_steps=None, timeout=0.2)
+    assert [seen[2]["body"] for seen in server.seen if seen[0] == "POST"] == [
+        {"task": {}, "max_steps": 3, "counts": "predictions", "episode_timeout_s": 60, "screen": [4, 3]},
+        {"task": {}, "counts": "actions"},
+    ]
+
+
+async def test_a_set_up_that_failed_keeps_its_step_and_whose_fault_it_was() -> None:
+    behind = GuestUnreachable("No answer.")
+    error = SetupFailed("Step 2 failed.", behind=behind, step=2, step_type="execute")
+    records = (SetupRecord(index=2, type="execute", outcome=SetupOutcome.FAILED, seconds=0.1, detail="No answer."),)
+    async with serving() as server, Client(server.url) as client:
+        server.new_job(state=JobState.FAILED, attempts=2, setup=records, error=error.problem())
+        with pytest.raises(SetupFailed) as raised:
+            await client.wait("job-1")
+        assert (await client.job("job-1")).setup == records
+    assert (raised.value.fault, raised.value.retryable) == (Blame.INFRA, True)
+    assert raised.value.facts == {"cause": "guest_unreachable", "step": 2, "step_type": "execute", "job_id": "job-1"}
 
 
 async def test_wait_sees_a_job_that_had_already_ended() -> None:
@@ -391,6 +426,18 @@ async def test_reset_act_and_look_against_the_daemon() -> None:
         assert (await client.queue()).limit == 1024
 
 
+async def test_verdict_and_evidence_can_be_had_from_the_daemon(tmp_path: Path) -> None:
+    async with daemon(state_dir=tmp_path / "state") as served, Client(served.url) as client:
+        env = client.env(0)
+        await env.reset({"id": "t"}, counts="predictions", max_steps=7, screen=served.settings.screen)
+        found = await env.evaluate()
+        assert (found.status, found.score) == (VerdictStatus.NOT_EVALUABLE, None)
+        assert await env.evaluate() == await client.verdict(found.episode_id) == found
+        assert await client.episodes() == [found.episode_id]
+        with tarfile.open(await client.bundle(found.episode_id, tmp_path)) as bundle:
+            assert f"{found.episode_id}/verdict.json" in bundle.getnames()
+
+
 async def test_watching_a_reset_against_the_daemon_shows_its_whole_life() -> None:
     async with daemon(Behaviour(boot_s=0.2)) as served, Client(served.url) as client:
         job = await client.submit_reset()
@@ -438,17 +485,23 @@ async def test_a_refused_request_keeps_its_code_against_the_daemon() -> None:
 # What is sent again, and what never is
 
 
-@pytest.mark.parametrize(
-    "path", [pytest.param("/v1/envs/0/step", id="step"), pytest.param("/v1/envs/0/evaluate", id="evaluate")]
-)
 @pytest.mark.parametrize("fault", [reset_connection, draining, saying(502, "bad gateway")])
-async def test_input_is_sent_once_whatever_happens(path: str, fault: Fault) -> None:
+async def test_input_is_sent_once_whatever_happens(fault: Fault) -> None:
     async with serving() as server, Client(server.url) as client:
         await client.version()
-        server.break_next("POST", path, fault)
+        server.break_next("POST", "/v1/envs/0/step", fault)
         with pytest.raises(EnvdError):
-            await (client.step(actions=["x"]) if path.endswith("step") else client.evaluate())
-        assert server.count("POST", path) == 1
+            await client.step(actions=["x"])
+        assert server.count("POST", "/v1/envs/0/step") == 1
+
+
+@pytest.mark.parametrize("fault", [reset_connection, draining, saying(502, "bad gateway")])
+async def test_a_verdict_whose_answer_was_lost_is_asked_for_again(fault: Fault) -> None:
+    async with serving() as server, Client(server.url) as client:
+        await client.version()
+        server.break_next("POST", "/v1/envs/0/evaluate", fault, fault, fault)
+        assert await client.evaluate() == server.verdict
+        assert server.count("POST", "/v1/envs/0/evaluate") == 4
 
 
 async def test_a_step_whose_answer_was_lost_is_unknown() -> None:
@@ -505,14 +558,22 @@ async def test_a_read_is_tried_again() -> None:
         assert server.count("GET", "/v1/envs") == 4
 
 
-@pytest.mark.parametrize("call", ["envs", "step"])
-async def test_the_timeout_bounds_a_call_that_is_never_answered(call: str) -> None:
+@pytest.mark.parametrize(
+    ("method", "path", "call"),
+    [
+        pytest.param("GET", "/v1/envs", lambda client: client.envs(timeout=0.3), id="read"),
+        pytest.param("POST", "/v1/envs/0/step", lambda client: client.step(actions=["x"], timeout=0.3), id="step"),
+        pytest.param("POST", "/v1/envs/0/evaluate", lambda client: client.evaluate(timeout=0.3), id="evaluate"),
+    ],
+)
+async def test_the_timeout_bounds_a_call_that_is_never_answered(
+    method: str, path: str, call: Callable[[Client], Awaitable[Any]]
+) -> None:
     async with serving() as server, Client(server.url) as client:
-        server.break_next("GET", "/v1/envs", silent)
-        server.break_next("POST", "/v1/envs/0/step", silent)
+        server.break_next(method, path, silent)
         before = time.monotonic()
         with pytest.raises(ServerUnreachable, match="no answer in time"):
-            await (client.envs(timeout=0.3) if call == "envs" else client.step(actions=["x"], timeout=0.3))
+            await call(client)
         assert time.monotonic() - before < 3
 
 
@@ -521,6 +582,116 @@ async def test_a_body_without_end_is_cut_off() -> None:
         server.break_next("GET", "/v1/envs", endless_body)
         with pytest.raises(InfraError, match="more than"):
             await client.envs()
+
+
+# Verdicts and evidence
+
+
+async def test_a_verdict_without_a_score_is_an_answer_and_no_error() -> None:
+    async with serving() as server, Client(server.url) as client:
+        server.verdict = verdict(**NO_SCORE)
+        found = await client.env(0).evaluate()
+    assert (found.status, found.score, found.mask) == (VerdictStatus.INFRA_ERROR, None, True)
+    assert (found.fault, found.code) == (Blame.INFRA, "guest_unreachable")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        pytest.param({"score": 0.0} | {"status": "infra_error"}, id="a number for a failure"),
+        pytest.param({"score": None}, id="scored without a number"),
+        pytest.param({"provenance": None}, id="resting on nothing"),
+    ],
+)
+async def test_a_verdict_that_cannot_be_trusted_is_an_error(changes: dict[str, Any]) -> None:
+    async with serving() as server, Client(server.url) as client:
+        body = json.dumps(server.verdict.model_dump(mode="json") | changes)
+        server.break_next("POST", "/v1/envs/0/evaluate", saying(200, body, "application/json"))
+        with pytest.raises(InfraError, match="cannot read"):
+            await client.evaluate()
+
+
+async def test_the_verdict_of_an_episode_can_be_had_later() -> None:
+    async with serving() as server, Client(server.url) as client:
+        assert await client.verdict("e1") == server.verdict
+        for other in ("e2", "e1/../e1", "?"):
+            with pytest.raises(NotFound):
+                await client.verdict(other)
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+async def test_a_bundle_is_saved_to_a_file_or_into_a_folder(tmp_path: Path) -> None:
+    async with serving() as server, Client(server.url) as client:
+        server.bundles = {"e2": b"\1" * 5_000_001, "e1": b""}
+        assert await client.episodes() == ["e2", "e1"]
+        (tmp_path / "old").write_bytes(b"old")
+        assert await client.bundle("e2", tmp_path / "old") == tmp_path / "old"
+        assert await client.bundle("e1", tmp_path) == tmp_path / "e1.tar"
+    assert _files(tmp_path) == {"old": b"\1" * 5_000_001, "e1.tar": b""}
+
+
+@pytest.mark.parametrize("fault", [half_a_bundle, reset_connection, draining, saying(502, "bad gateway")])
+async def test_a_bundle_that_was_cut_off_is_fetched_again_from_its_beginning(fault: Fault, tmp_path: Path) -> None:
+    async with serving() as server, Client(server.url) as client:
+        server.bundles["e1"] = b"\1\2" * 2_000_000
+        server.break_next("GET", "/v1/episodes/e1/bundle", fault)
+        await client.bundle("e1", tmp_path)
+        assert server.count("GET", "/v1/episodes/e1/bundle") == 2
+    assert _files(tmp_path) == {"e1.tar": b"\1\2" * 2_000_000}
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "words"),
+    [
+        pytest.param(answering(NotFound("It was cleared away.")), NotFound, "cleared away", id="none"),
+        pytest.param(endless_bundle, InfraError, "more than 5000000 bytes", id="without end"),
+        pytest.param(bundle_that_stalls, ServerUnreachable, "no answer in time", id="stalls"),
+        pytest.param(saying(200, "<html>"), InfraError, "text/html where application/x-tar", id="something else"),
+    ],
+)
+async def test_a_bundle_that_cannot_be_had_leaves_the_folder_as_it_was(
+    fault: Fault, error: type[EnvdError], words: str, tmp_path: Path
+) -> None:
+    old = tmp_path / "bundle.tar"
+    old.write_bytes(b"old")
+    async with serving() as server, Client(server.url) as client:
+        server.break_next("GET", "/v1/episodes/e1/bundle", fault)
+        with pytest.raises(error, match=words):
+            await client.bundle("e1", old, limit=5_000_000, timeout=1)
+    assert _files(tmp_path) == {"bundle.tar": b"old"}
+
+
+@pytest.mark.parametrize(
+    "to",
+    [
+        pytest.param("nowhere/bundle.tar", id="no such folder"),
+        pytest.param("file/bundle.tar", id="in a file"),
+        pytest.param("x" * 300, id="name too long"),
+    ],
+)
+async def test_a_disk_that_does_not_take_a_bundle_is_not_taken_for_a_server_that_is_away(
+    to: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    async with serving() as server, Client(server.url) as client:
+        server.bundles["e1"] = b"tar"
+        with pytest.raises(RequestError, match="cannot be written"):
+            await client.bundle("e1", tmp_path / to)
+        assert server.count("GET", "/v1/episodes/e1/bundle") == 1
+
+
+async def test_leaving_a_download_leaves_nothing_behind(tmp_path: Path) -> None:
+    async with serving() as server, Client(server.url) as client:
+        server.break_next("GET", "/v1/episodes/e1/bundle", bundle_that_stalls)
+        download = asyncio.create_task(client.bundle("e1", tmp_path))
+        await eventually(lambda: any(_files(tmp_path).values()))
+        download.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await download
+    assert _files(tmp_path) == {}
 
 
 # Who is there
@@ -624,7 +795,8 @@ async def test_queue_jobs_and_state_are_typed() -> None:
 
 async def test_a_problem_becomes_the_error_it_was() -> None:
     async with serving() as server, Client(server.url) as client:
-        with pytest.raises(NotEvaluable, match="No evaluator"):
+        server.break_next("POST", "/v1/envs/0/evaluate", answering(NoEpisode("Reset it first.")))
+        with pytest.raises(NoEpisode, match="Reset it first"):
             await client.evaluate()
 
 

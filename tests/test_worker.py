@@ -10,7 +10,19 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
-from fake_server import PNG, FakeServer, answering, reset_connection, saying, serving, wire_image
+from fake_server import (
+    NO_SCORE,
+    PNG,
+    FakeServer,
+    Fault,
+    answering,
+    draining,
+    reset_connection,
+    saying,
+    serving,
+    verdict,
+    wire_image,
+)
 from serving import serving as daemon
 
 from envd.client import BlockingRemoteEnvWorker, RemoteEnvWorker
@@ -20,6 +32,7 @@ from envd.errors import (
     BootTimeout,
     EnvdError,
     GuestMisbehaved,
+    GuestUnreachable,
     InfraError,
     NotEvaluable,
     ServerUnreachable,
@@ -248,15 +261,42 @@ async def test_what_is_no_score_is_an_error(answer: Any) -> None:
         pytest.param(answering(NotEvaluable("No evaluator.")), NotEvaluable, id="problem"),
         pytest.param(saying(503, '{"detail": "setup_controller"}', "application/json"), InfraError, id="old server"),
         pytest.param(saying(200, "NaN", "application/json"), InfraError, id="not a number"),
-        pytest.param(reset_connection, ServerUnreachable, id="connection reset"),
     ],
 )
-async def test_no_failure_of_evaluate_is_a_number_and_none_is_sent_again(fault: Any, error: type[EnvdError]) -> None:
+async def test_no_failure_of_evaluate_is_a_number_nor_asked_about_again(fault: Fault, error: type[EnvdError]) -> None:
     async with serving() as server, RemoteEnvWorker(0, server.url) as worker:
         server.break_next("POST", "/env/evaluate", fault)
         with pytest.raises(error):
             await worker.evaluate()
         assert server.count("POST", "/env/evaluate") == 1
+
+
+async def test_a_verdict_without_a_score_raises_at_once_and_is_there_to_read() -> None:
+    told = verdict(**NO_SCORE).model_dump(mode="json", exclude={"metrics", "postconfig"})
+    error = GuestUnreachable("The guest went away.", verdict=told)
+    error.retryable = False
+    async with serving() as server, RemoteEnvWorker(0, server.url) as worker:
+        server.break_next("POST", "/env/evaluate", answering(error))
+        with pytest.raises(GuestUnreachable) as raised:
+            await worker.evaluate()
+        assert server.count("POST", "/env/evaluate") == 1
+    assert raised.value.facts["verdict"]["status"] == "infra_error"
+    assert not raised.value.retryable
+
+
+@pytest.mark.parametrize("fault", [reset_connection, draining, saying(502, "bad gateway")])
+async def test_a_score_whose_answer_was_lost_is_asked_for_again(fault: Fault) -> None:
+    async with serving() as server, RemoteEnvWorker(0, server.url) as worker:
+        server.break_next("POST", "/env/evaluate", fault, fault)
+        assert await worker.evaluate() == 1.0
+        assert server.count("POST", "/env/evaluate") == 3
+
+
+async def test_a_score_that_stays_lost_is_an_error_at_the_deadline() -> None:
+    async with serving() as server, RemoteEnvWorker(0, server.url, evaluate_timeout=0.5) as worker:
+        server.break_next("POST", "/env/evaluate", *[reset_connection] * 100)
+        with pytest.raises(ServerUnreachable):
+            await worker.evaluate()
 
 
 async def test_a_lost_step_raises_and_is_sent_once() -> None:

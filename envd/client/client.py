@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from dataclasses import dataclass
-from typing import Any, Self, TypeVar
+from pathlib import Path
+from typing import Any, Self, TypedDict, TypeVar, Unpack
+from urllib.parse import quote
 
+import anyio.to_thread
 from pydantic import ValidationError
 
 from ..errors import (
@@ -19,14 +22,31 @@ from ..errors import (
     StillBooting,
     from_problem,
 )
-from ..models import Env, Event, Job, JobState, Model, StepResult
+from ..models import Counts, Env, Event, Job, JobState, Model, StepResult, Verdict
+from .answers import Answer
 from .follow import follow, parsed_job
-from .transport import Answer, Deadline, OnRetry, Resend, Transport
+from .handle import EnvHandle
+from .saving import Into
+from .transport import Deadline, OnRetry, Resend, Transport
 
 M = TypeVar("M", bound=Model)
 
 ATTEMPT_SECONDS = 30.0
 """One try of a call that the server answers at once."""
+BUNDLE_LIMIT = 1024**3
+"""Bytes; servers keep a quarter of that per episode unless they are told otherwise."""
+
+
+class Limits(TypedDict, total=False):
+    """What a reset may say beside its task. The server has a default for what is left out or None."""
+
+    max_steps: int | None
+    counts: Counts | None
+    """What `max_steps` limits: "actions" or "predictions"."""
+    episode_timeout_s: float | None
+    """No step begins later than so many seconds after the first observation."""
+    screen: tuple[int, int] | None
+    """Width and height in pixels that the caller counts on. A server with another screen refuses the reset."""
 
 
 class Queue(Model):
@@ -48,8 +68,9 @@ class Client:
     """One server, over one HTTP session. Use it as `async with Client() as client:`.
 
     url       default: the environment's ENVD_URL, else http://127.0.0.1:15001
-    timeout   seconds for each call that is given none of its own, its retries included. Waiting for a job has no
-              limit unless it is given one: a boot may take 40 minutes
+    timeout   seconds for each call that is given none of its own, its retries included; the default is what a server
+              takes at most to find a verdict. Waiting for a job has no limit unless it is given one: a boot may take
+              40 minutes
     patience  seconds during which a server that stopped answering is tried again, enough for a restart of it
 
     What failed raises an EnvdError with the server's code. Only what is safe is sent twice: input never is, once it
@@ -84,27 +105,29 @@ class Client:
         task: dict[str, Any] | None = None,
         *,
         env: int = 0,
-        max_steps: int | None = None,
         timeout: float | None = None,
+        **limits: Unpack[Limits],
     ) -> Job:
-        """Give `env` a clean desktop with `task` (an OSWorld task) set up on it; the job, once it succeeded.
+        """Give `env` a clean desktop with `task` (an OSWorld task) set up on it; the job, once it succeeded. Its
+        `setup` and `warnings` say how the task's set-up went.
 
-        Raises the error of a job that failed, was cancelled, superseded or expired; StillBooting when `timeout`
-        seconds went by, in which case the job goes on and may be waited for.
+        Raises TaskInvalid and MissingRequirement before a desktop is spent on the task; the error of a job that
+        failed (SetupFailed, with the fault of what was behind it), was cancelled, superseded or expired; StillBooting
+        when `timeout` seconds went by, in which case the job goes on and may be waited for.
         """
         deadline = Deadline.after(timeout)
-        return await self._finish(await self._submit_reset(task, env, max_steps, deadline), deadline)
+        return await self._finish(await self._submit_reset(task, env, limits, deadline), deadline)
 
     async def submit_reset(
         self,
         task: dict[str, Any] | None = None,
         *,
         env: int = 0,
-        max_steps: int | None = None,
         timeout: float | None = None,
+        **limits: Unpack[Limits],
     ) -> Job:
         """Ask for a reset and return its job at once."""
-        return await self._submit_reset(task, env, max_steps, self._deadline(timeout))
+        return await self._submit_reset(task, env, limits, self._deadline(timeout))
 
     async def prewarm(self, *, timeout: float | None = None) -> Job:
         """Ask for a clean desktop to stand by, and return its job at once; `wait` waits for it."""
@@ -177,17 +200,44 @@ class Client:
         """The screen as it is now: a PNG, or a JPEG when the guest makes those."""
         return (await self._get(f"/v1/envs/{env}/screenshot", timeout)).body
 
-    async def evaluate(self, env: int = 0, *, timeout: float | None = None) -> dict[str, Any]:
-        """The verdict on the episode. Sent once: an evaluation may touch the desktop."""
-        answer = await self.http.request(
-            "POST", f"/v1/envs/{env}/evaluate", resend=Resend.UNSENT, deadline=self._deadline(timeout)
-        )
-        return answer.object()
+    async def evaluate(self, env: int = 0, *, timeout: float | None = None) -> Verdict:
+        """The verdict on the env's episode, which ends with it: a score, or none and why (`status`, `fault`, `code`).
+
+        It is found once and answered again to whoever asks again, so an answer that was lost is asked for again.
+        Raises NoEpisode, EnvBusy: what kept the episode from being scored is in the verdict and not raised.
+        """
+        answer = await self.http.request("POST", f"/v1/envs/{env}/evaluate", deadline=self._deadline(timeout))
+        return _parsed(Verdict, answer)
 
     async def history(self, env: int = 0, *, timeout: float | None = None) -> list[dict[str, Any]]:
         """The episode's messages, as they go over the wire: {"role": …, "content": [part, …]}."""
         answer = await self._get(f"/v1/envs/{env}/history", timeout, limit=512 * 1024 * 1024)
         return _parsed(_History, answer).history_messages
+
+    # What episodes leave, for as long as the server keeps it
+
+    async def episodes(self, *, timeout: float | None = None) -> list[str]:
+        """Ids of the episodes whose evidence is kept, the newest first."""
+        return _parsed(_Episodes, await self._get("/v1/episodes", timeout)).episodes
+
+    async def verdict(self, episode_id: str, *, timeout: float | None = None) -> Verdict:
+        """The verdict of an episode that was evaluated, of any env. Raises NotFound."""
+        return _parsed(Verdict, await self._get(f"/v1/episodes/{_part(episode_id)}/verdict", timeout))
+
+    async def bundle(
+        self, episode_id: str, to: Path, *, limit: int = BUNDLE_LIMIT, timeout: float | None = None
+    ) -> Path:
+        """Save the evidence of an episode as a tar file: `to`, or in `to` under the episode's id where that is a
+        folder. Returns the file.
+
+        It is there whole or not at all, and takes the place of one that was there. Raises NotFound; InfraError when
+        there is more than `limit` bytes of it; RequestError when the file cannot be written.
+        """
+        name = _part(episode_id)
+        file = to / f"{name}.tar" if await anyio.to_thread.run_sync(os.path.isdir, to) else to
+        into = Into(file, "application/x-tar", limit)
+        await self.http.request("GET", f"/v1/episodes/{name}/bundle", into=into, deadline=self._deadline(timeout))
+        return file
 
     # The server
 
@@ -217,13 +267,9 @@ class Client:
             "GET", path, deadline=self._deadline(timeout), attempt_timeout=ATTEMPT_SECONDS, **options
         )
 
-    async def _submit_reset(
-        self, task: dict[str, Any] | None, env: int, max_steps: int | None, deadline: Deadline
-    ) -> Job:
-        body: dict[str, Any] = {"task": task or {}}
-        if max_steps is not None:
-            body["max_steps"] = max_steps
-        return await self._submit(f"/v1/envs/{env}/reset", body, deadline)
+    async def _submit_reset(self, task: dict[str, Any] | None, env: int, limits: Limits, deadline: Deadline) -> Job:
+        given = {name: value for name, value in limits.items() if value is not None}
+        return await self._submit(f"/v1/envs/{env}/reset", {"task": task or {}} | given, deadline)
 
     async def _submit(self, path: str, body: Any, deadline: Deadline) -> Job:
         answer = await self.http.request(
@@ -255,49 +301,16 @@ class Client:
         return job
 
 
-@dataclass(frozen=True, slots=True)
-class EnvHandle:
-    """One env of one server: `env = client.env(0)`."""
-
-    client: Client
-    number: int
-
-    async def reset(
-        self, task: dict[str, Any] | None = None, *, max_steps: int | None = None, timeout: float | None = None
-    ) -> Job:
-        return await self.client.reset(task, env=self.number, max_steps=max_steps, timeout=timeout)
-
-    async def step(self, prediction: str, *, timeout: float | None = None) -> StepResult:
-        """Do what the model said."""
-        return await self.client.step(self.number, prediction=prediction, timeout=timeout)
-
-    async def act(self, *programs: str, pause_s: float | None = None, timeout: float | None = None) -> StepResult:
-        """Run pyautogui programs, one after the other; or DONE, WAIT, FAIL."""
-        return await self.client.step(self.number, actions=list(programs), pause_s=pause_s, timeout=timeout)
-
-    async def click(self, x: float, y: float) -> StepResult:
-        """Click the left button at (x, y), in pixels of the desktop's screen."""
-        return await self.act(f"pyautogui.click({x!r}, {y!r})")
-
-    async def screenshot(self) -> bytes:
-        return await self.client.screenshot(self.number)
-
-    async def history(self) -> list[dict[str, Any]]:
-        return await self.client.history(self.number)
-
-    async def evaluate(self, *, timeout: float | None = None) -> dict[str, Any]:
-        return await self.client.evaluate(self.number, timeout=timeout)
-
-    async def state(self) -> Env:
-        return await self.client.env_state(self.number)
-
-
 class _Jobs(Model):
     jobs: list[Job]
 
 
 class _Envs(Model):
     envs: list[Env]
+
+
+class _Episodes(Model):
+    episodes: list[str]
 
 
 class _History(Model):
@@ -312,6 +325,11 @@ def _parsed(model: type[M], answer: Answer) -> M:
             f"{answer.request} was answered with something this client cannot read: {error}",
             hint="Are client and server of about the same version?",
         ) from error
+
+
+def _part(name: str) -> str:
+    """`name` as one part of a path, whatever is in it."""
+    return quote(name, safe="")
 
 
 def _still_booting(job: Job) -> StillBooting:

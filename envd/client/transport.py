@@ -12,16 +12,14 @@ import os
 import random
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from enum import Enum
 from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
-from pydantic import ValidationError
 
 from ..errors import (
     CapacityError,
@@ -29,13 +27,12 @@ from ..errors import (
     InfraError,
     InvalidRequest,
     JobExpired,
-    Problem,
-    RequestError,
     ServerUnreachable,
     SettingsError,
     StillBooting,
-    from_problem,
 )
+from .answers import Answer, retry_after
+from .saving import Into
 
 DEFAULT_URL = "http://127.0.0.1:15001"
 
@@ -55,11 +52,11 @@ class Resend(Enum):
     """When a request may be made again."""
 
     UNSENT = "unsent"
-    """Only when no connection was made. For input, and for evaluation, which touches the desktop."""
+    """Only when no connection was made. For input."""
     REFUSED = "refused"
     """Also after a refusal for want of capacity with Retry-After, which says that nothing was accepted."""
     ALWAYS = "always"
-    """Also when the answer was lost: the request changes nothing, or changes it once however often it comes."""
+    """Also when the answer was lost: the request changes nothing, or does what it does once however often it comes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,61 +95,6 @@ class Backoff:
         self.attempt = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    status: int
-    content_type: str
-    retry_after: float | None
-    body: bytes
-    request: str
-    """Method and URL, for messages."""
-
-    @property
-    def ok(self) -> bool:
-        return 200 <= self.status < 300
-
-    def json(self) -> Any:
-        """Raises InfraError when the body is not JSON."""
-        try:
-            return json.loads(self.body)
-        except ValueError as error:
-            raise InfraError(
-                f"{self.request} was answered with {self.content_type or 'no content type'} where JSON was due: "
-                f"{_excerpt(self.body)}",
-                hint="Is it an envd server that listens there, and nothing in between?",
-            ) from error
-
-    def object(self) -> dict[str, Any]:
-        """Raises InfraError when the body is not a JSON object."""
-        value = self.json()
-        if not isinstance(value, dict):
-            raise InfraError(f"{self.request} was answered with {_excerpt(self.body)} where a JSON object was due.")
-        return value
-
-    def error(self) -> EnvdError:
-        """The typed error that a non-2xx answer stands for."""
-        if self.content_type == "application/problem+json":
-            try:
-                error = from_problem(Problem.model_validate_json(self.body))
-            except ValidationError:
-                pass
-            else:
-                if error.retry_after is None:
-                    error.retry_after = self.retry_after
-                return error
-        detail = f"{self.request} was answered {self.status}: {_excerpt(self.body)}"
-        if self.status in (502, 503, 504) and self.content_type != "application/json":
-            return ServerUnreachable(
-                detail,
-                hint="A proxy in between does not reach envd: is it running?",
-                retry_after=self.retry_after,
-                outcome="unknown",
-            )
-        # An older server's words, or something else on that port.
-        cls = InfraError if self.status >= 500 else RequestError
-        return cls(detail, retry_after=self.retry_after, http_status=self.status)
-
-
 class Transport:
     """`patience` is how many seconds a server that cannot be reached is tried again; one that never once answered is
     given up after 3 s at most, since it is probably not there at all.
@@ -186,11 +128,12 @@ class Transport:
         deadline: Deadline,
         attempt_timeout: float | None = None,
         limit: int = BODY_LIMIT,
+        into: Into | None = None,
         accept: tuple[int, ...] = (),
         on_retry: OnRetry | None = None,
         patience: float | None = None,
     ) -> Answer:
-        """The answer, if it is 2xx or of a status in `accept`.
+        """The answer, if it is 2xx or of a status in `accept`. Its body is empty when it went `into` a file.
 
         Raises the typed error of any other answer, and ServerUnreachable, whose fact `outcome` is `not_sent` or
         `unknown`.
@@ -202,7 +145,7 @@ class Transport:
         silent_since: float | None = None
         while True:
             try:
-                answer = await self._attempt(method, path, content, params, deadline, attempt_timeout, limit)
+                answer = await self._attempt(method, path, content, params, deadline, attempt_timeout, limit, into)
                 if answer.ok or answer.status in accept:
                     return answer
                 error = answer.error()
@@ -257,6 +200,7 @@ class Transport:
         deadline: Deadline,
         attempt_timeout: float | None,
         limit: int,
+        into: Into | None,
     ) -> Answer:
         left = deadline.left_or_none
         total = min((t for t in (left, attempt_timeout) if t is not None), default=None)
@@ -274,21 +218,26 @@ class Transport:
                 ),
                 allow_redirects=False,
             ) as response:
-                answer = await self._read(response, request, limit)
+                answer = await self._read(response, request, limit, into)
         self._reached = True
         return answer
 
-    async def _read(self, response: aiohttp.ClientResponse, request: str, limit: int) -> Answer:
-        chunks, size = [], 0
-        async for chunk in response.content.iter_any():
-            size += len(chunk)
-            if size > limit:
-                raise InfraError(
-                    f"{request} was answered with more than {limit} bytes.",
-                    hint="Is it an envd server that listens there?",
-                )
-            chunks.append(chunk)
-        return Answer(response.status, response.content_type, _retry_after(response.headers), b"".join(chunks), request)
+    async def _read(
+        self, response: aiohttp.ClientResponse, request: str, limit: int, into: Into | None = None
+    ) -> Answer:
+        body = b""
+        if into is None or not 200 <= response.status < 300:
+            async with aclosing(_bounded(response, request, limit)) as pieces:
+                body = b"".join([piece async for piece in pieces])
+        elif response.content_type != into.content_type:
+            raise InfraError(
+                f"{request} was answered with {response.content_type} where {into.content_type} was due.",
+                hint="Is it an envd server that listens there, and nothing in between?",
+            )
+        else:
+            async with aclosing(_bounded(response, request, into.limit)) as pieces:
+                await into.take(pieces)
+        return Answer(response.status, response.content_type, retry_after(response.headers), body, request)
 
     def _opened(self) -> aiohttp.ClientSession:
         if self._session is None:
@@ -302,6 +251,19 @@ class Transport:
                 headers={"User-Agent": "envd-client"},
             )
         return self._session
+
+
+async def _bounded(response: aiohttp.ClientResponse, request: str, limit: int) -> AsyncGenerator[bytes, None]:
+    """The body as it comes. Raises InfraError once it is larger than `limit` bytes."""
+    size = 0
+    async for piece in response.content.iter_any():
+        size += len(piece)
+        if size > limit:
+            raise InfraError(
+                f"{request} was answered with more than {limit} bytes.",
+                hint="Is it an envd server that listens there?",
+            )
+        yield piece
 
 
 @contextmanager
@@ -390,23 +352,5 @@ def _encoded(body: Any) -> bytes | None:
         raise InvalidRequest(f"What is to be sent cannot be written as JSON: {error}.") from error
 
 
-def _retry_after(headers: Any) -> float | None:
-    """Seconds, from either form that RFC 9110 allows; None when it is absent or unreadable."""
-    value = headers.get("Retry-After", "").strip()
-    try:
-        return min(max(0.0, float(value)), 86_400.0)
-    except ValueError:
-        pass
-    try:
-        return min(max(0.0, parsedate_to_datetime(value).timestamp() - time.time()), 86_400.0)
-    except ValueError:
-        return None
-
-
 def _words(error: BaseException) -> str:
     return str(error) or type(error).__name__
-
-
-def _excerpt(body: bytes) -> str:
-    text = " ".join(body[:2000].decode(errors="replace").split())
-    return text[:200] + ("…" if len(text) > 200 else "") if text else "an empty body"

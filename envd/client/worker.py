@@ -21,8 +21,9 @@ import anyio
 from anyio.from_thread import start_blocking_portal
 
 from ..errors import BootFailed, EnvdError, GuestMisbehaved, InfraError, ServerUnreachable, StillBooting
+from .answers import Answer
 from .client import Client
-from .transport import Answer, Deadline, Resend
+from .transport import Deadline, Resend
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -132,9 +133,13 @@ class RemoteEnvWorker:
             return self._old(error, self._observation(None, -1.0))
 
     async def evaluate(self) -> float:
-        """The score of the episode; sent once. Raises whatever kept it from being judged: never a made-up number."""
+        """The score of the episode. Raises whatever kept it from being judged, with envd's verdict as the fact
+        `verdict`: never a made-up number.
+
+        Asked for again when the answer was lost: envd judges an episode once. An older server judges it anew.
+        """
         try:
-            answer = await self._post("/env/evaluate", Resend.UNSENT, Deadline.after(self._evaluate_timeout))
+            answer = await self._post("/env/evaluate", Resend.ALWAYS, Deadline.after(self._evaluate_timeout))
             return _score(answer)
         except EnvdError as error:
             return self._old(error, 0.0)
