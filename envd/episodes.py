@@ -288,6 +288,7 @@ class Envs:
             progress.setup(one)
 
         context = self.context(desktop, record)
+        context.note = progress.note
 
         async def prepare() -> tuple[bytes, Settled, tuple[int, int]]:
             warnings.extend(await self._prepare_proxy(task, context))

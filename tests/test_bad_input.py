@@ -88,7 +88,7 @@ TABLE = {
     "wrong method, old": Bad(OLD_STEP, None, 405, "method_not_allowed", method="DELETE"),
     "wrong method, read": Bad("/v1/envs", {}, 405, "method_not_allowed"),
     "made-up method": Bad("/health", None, 405, "method_not_allowed", method="BREW"),
-    "unknown set-up": Bad(RESET, {"task": {"config": [{"type": "dance"}]}}, 422, "task_invalid", "config[0]"),
+    "unknown set-up": Bad(RESET, {"task": {"config": [{"type": "dance"}]}}, 422, "task_invalid", "config[0].type"),
     "set-up that is a number": Bad(OLD_RESET, {"task_config": {"config": [NAP, 5]}}, 422, "task_invalid", "config[1]"),
     "set-up that is a word": Bad(RESET, {"task": {"config": "none"}}, 422, "task_invalid", "config"),
     "instruction that is no text": Bad(RESET, {"task": {"instruction": 5}}, 422, "task_invalid", "instruction"),

@@ -321,17 +321,18 @@ async def test_a_reset_never_answers_with_a_later_episode() -> None:
 
 
 @pytest.mark.parametrize("dialect", ["A", "B", "C"])
-async def test_evaluate_is_never_a_number(dialect: str) -> None:
+async def test_evaluate_is_no_number_for_what_has_no_evaluator_and_no_desktop(dialect: str) -> None:
     async with serving() as served:
         trainer = Trainer(served.url, dialect)
         before = problem_of(await trainer.evaluate())
         assert (before["status"], before["code"]) == (409, "no_episode")
-        await trainer.reset(TASK)
-        during = problem_of(await trainer.evaluate())
+        await trainer.reset({"id": "t-1"})
         await trainer.step(DONE)
-        after = problem_of(await trainer.evaluate())
-        for problem in (during, after):
-            assert (problem["status"], problem["code"], problem["fault"]) == (501, "not_evaluable", "task")
+        for _ in range(2):
+            problem = problem_of(await trainer.evaluate())
+            assert (problem["status"], problem["code"], problem["fault"]) == (500, "not_evaluable", "task")
+            assert (problem["verdict"]["status"], problem["verdict"]["score"]) == ("not_evaluable", None)
+        await trainer.reset({"id": "t-2", "evaluator": {"func": "infeasible"}})
         served.sim.kill(served.desktop().id)
         await eventually(lambda: served.service.env(0).state == "lost")
         lost = problem_of(await trainer.evaluate())

@@ -498,9 +498,10 @@ async def test_a_step_is_refused_while_another_reset_of_its_env_waits() -> None:
 async def test_evaluate_makes_no_number_up() -> None:
     async with serving() as served:
         await served.play(task={"id": "t-1"})
-        refused = await problem(served, "POST", "/v1/envs/0/evaluate", {})
-        assert (refused["status"], refused["code"], refused["fault"]) == (501, "not_evaluable", "task")
-        assert "t-1" in refused["detail"]
+        status, verdict = await served.post("/v1/envs/0/evaluate", {})
+        assert (status, verdict["status"], verdict["score"], verdict["mask"]) == (200, "not_evaluable", None, True)
+        assert (verdict["code"], verdict["fault"]) == ("not_evaluable", "task")
+        assert "t-1" in verdict["detail"]
 
 
 async def test_the_screenshot_is_the_screen_as_it_is_now() -> None:

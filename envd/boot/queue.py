@@ -79,6 +79,8 @@ class Progress(Protocol):
 
     def setup(self, record: SetupRecord) -> None: ...
 
+    def note(self, message: str) -> None: ...
+
 
 @dataclass(frozen=True, slots=True)
 class Beginning:
@@ -134,6 +136,9 @@ class _Progress:
         message = f"set-up step {record.index} ({record.type}) {record.outcome} after {record.seconds:.2f} s"
         shown = record.model_dump(mode="json")
         self.queue._update(self.ticket, "setup", {"setup": records}, record=shown, message=message)
+
+    def note(self, message: str) -> None:
+        self.queue._update(self.ticket, "progress", {}, message=message)
 
 
 class _Boot:

@@ -19,6 +19,7 @@ class Context:
     """One desktop that is being set up (or post-configured), and what the daemon has for it.
 
     record   told of every step that ended, as it ended
+    note     told in words of what takes long while it does
     outputs  what `execute` was told to keep under a name (its `stdout` and `stderr` parameters): name → bytes. The
              getter `cache_file` reads them at evaluation, so whoever runs a set-up hands them on.
     """
@@ -29,6 +30,7 @@ class Context:
     settings: Settings
     session: aiohttp.ClientSession
     record: Callable[[SetupRecord], None] = lambda record: None
+    note: Callable[[str], None] = lambda words: None
     screen: tuple[int, int] = (1920, 1080)
     outputs: dict[str, bytes] = field(default_factory=dict)
     proxied: bool = False

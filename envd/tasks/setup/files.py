@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -14,11 +15,30 @@ from ..task import Parameters
 from .context import Context, Run
 
 
+TOLD_SECONDS = 2.0
+
+
 async def download(context: Context, parameters: Parameters) -> str:
     """Put files that are named by URL into the guest, in their order. The guest needs no network for it."""
     for file in parameters["files"]:
-        await context.guest.upload(file["path"], await context.assets.fetch(file["url"]), timeout=None)
+        found = await context.assets.fetch(file["url"], _Told(context, file["url"]))
+        await context.guest.upload(file["path"], found, timeout=None)
     return ""
+
+
+class _Told:
+    """Tells how a download goes, not more often than every `TOLD_SECONDS`."""
+
+    def __init__(self, context: Context, url: str) -> None:
+        self._context = context
+        self._url = url
+        self._told = time.monotonic()
+
+    def __call__(self, received: int, total: int | None) -> None:
+        if time.monotonic() - self._told >= TOLD_SECONDS:
+            self._told = time.monotonic()
+            of = f" of {total / 1e6:.0f}" if total else ""
+            self._context.note(f"{self._url[:200]}: {received / 1e6:.0f}{of} MB downloaded")
 
 
 async def upload_file(context: Context, parameters: Parameters) -> str:
