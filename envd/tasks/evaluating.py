@@ -24,6 +24,7 @@ from ..errors import EnvdError, EvaluationInvalid
 from ..models import Desktop, MetricRecord
 from ..settings import Settings
 from . import catalog
+from .abilities import has_ocr
 from .assets import Assets
 from .grading import GradeReport, GradeRequest, Graders, GuestAddress, find_interpreter
 from .needs import assets_of_metrics
@@ -80,7 +81,11 @@ class Evaluators:
         async with Graders.open(settings) as graders:
             # What a daemon that was killed had not finished.
             await run_sync(_clear, graders.directory)
-            yield cls(settings, graders, assets, session, ocr=await run_sync(_has_ocr, settings))
+            python = await run_sync(find_interpreter, settings)
+            if python is None:
+                logger.warning("no evaluators: episodes can be played but not judged", hint="Run: make evaluators.")
+            ocr = python is not None and await run_sync(has_ocr, python)
+            yield cls(settings, graders, assets, session, ocr=ocr)
 
     async def warm(self) -> None:
         """Have the evaluators imported, if there are any; whoever needs them is told when there are none."""
@@ -267,8 +272,3 @@ def _address(desktop: Desktop) -> GuestAddress:
 def _clear(directory: Path) -> None:
     for left in directory.glob("*"):
         shutil.rmtree(left, ignore_errors=True)
-
-
-def _has_ocr(settings: Settings) -> bool:
-    python = find_interpreter(settings)
-    return python is not None and any(python.parents[1].glob("lib/python3*/site-packages/easyocr"))
