@@ -4,7 +4,7 @@
 #   make evaluators  the interpreter that evaluations run in (1.4 GB, without torch)
 #   make install   virtual environment and packages only
 #   make check     format, lint, types (no tests)
-#   make bench     measure resets, steps, memory and start-up
+#   make bench     measure start-up, resets, steps, set-ups, evaluations and memory
 #   make format    rewrite the code as `make check` wants it
 
 PYTHON ?= python3
@@ -34,7 +34,7 @@ check: install
 	$(BIN)/mypy
 
 bench: system install evaluators
-	$(BIN)/python tests/bench.py
+	$(BIN)/python tests/bench.py --evaluators $(EVALUATORS)/bin/python
 
 format: install
 	$(BIN)/ruff format envd tests

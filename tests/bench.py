@@ -1,6 +1,7 @@
 """`make bench`: what a user waits for, measured on this machine beside what it is compared to.
 
-Prints a table and, as its last line, one JSON object. Nothing here is a test: figures move with the machine.
+Prints a table and, as its last line, one JSON object. Nothing here is a test: figures move with the machine, so its
+load is shown with them.
 """
 
 from __future__ import annotations
@@ -8,56 +9,35 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
-import json
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Awaitable
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import aiohttp
+from bench_figures import Figures, in_ms, median_ms, rss_mb, seconds
+from bench_tasks import guest_of, measure_evaluations, measure_setup
 from daemon_process import DaemonProcess, daemon
-from rich.console import Console
-from rich.table import Table
 
 from envd import Client
 
 MOVE = "import pyautogui; import time; pyautogui.FAILSAFE = False; pyautogui.moveTo({x}, {y})"
 
 
-@dataclass
-class Figures:
-    """Rows of the table; `values` is the JSON."""
-
-    rows: list[tuple[str, str, str, str]] = field(default_factory=list)
-    values: dict[str, float] = field(default_factory=dict)
-
-    def add(self, name: str, what: str, value: float, unit: str, aim: str, beside: str = "") -> None:
-        self.values[name] = round(value, 4)
-        self.rows.append((what, f"{value:,.3g} {unit}", aim, beside))
-
-    def show(self) -> None:
-        table = Table("what", "measured", "aim", "beside", title="envd on this machine")
-        for row in self.rows:
-            table.add_row(*row)
-        Console(width=120).print(table)
-        sys.stdout.write(json.dumps(self.values) + "\n")
-
-
-async def main(providers: list[str], resets: int, steps: int) -> None:
+async def main(providers: list[str], resets: int, steps: int, evaluations: int, evaluators: Path | None) -> None:
     figures = Figures()
     start_up(figures)
+    settings = {"ENVD_ACTION_PAUSE": "0", "ENVD_MAX_STEPS": "10000", "ENVD_EVALUATORS": str(evaluators or "")}
     for provider in providers:
         with tempfile.TemporaryDirectory(prefix="envd-bench-") as folder:
-            settings = {"PROVIDER": provider, "ENVD_ACTION_PAUSE": "0", "ENVD_MAX_STEPS": "10000"}
-            async with daemon(Path(folder, "state"), env=settings) as (served, session):
+            async with daemon(Path(folder, "state"), env={"PROVIDER": provider, **settings}) as (served, session):
                 if provider == providers[-1]:
-                    figures.add("idle_rss_mb", "daemon, idle: memory", rss_mb(served), "MB", "< 100 MB")
+                    figures.add("idle_rss_mb", "daemon, idle: memory", rss_mb(served.pid), "MB", aim=100)
                 await measure_resets(figures, provider, served, resets)
                 await measure_steps(figures, provider, served, session, steps)
+                await measure_setup(figures, provider, served)
+                await measure_evaluations(figures, provider, served, evaluations)
     figures.show()
 
 
@@ -66,22 +46,23 @@ def start_up(figures: Figures) -> None:
     envd = str(Path(sys.executable).with_name("envd"))
     with_help = median_ms([timed([envd, "--help"]) for _ in range(11)])
     bare = median_ms([timed([sys.executable, "-c", "pass"]) for _ in range(11)])
-    figures.add("help_ms", "envd --help", with_help, "ms", "< 300 ms", f"python -c pass: {bare:.0f} ms")
+    figures.add("help_ms", "envd --help", with_help, "ms", aim=300, beside=("python -c pass", bare))
 
 
 async def measure_resets(figures: Figures, provider: str, served: DaemonProcess, count: int) -> None:
     """From POST to the first observation, one after another; each ends the desktop before it."""
     took: list[float] = []
+    settled: list[float] = []
     async with Client(served.url) as client:
         for number in range(count):
             began = time.perf_counter()
-            await client.reset({"id": f"bench-{number}"}, timeout=120)
+            job = await client.reset({"id": f"bench-{number}"}, timeout=120)
             took.append(time.perf_counter() - began)
-    took.sort()
-    aim = "< 1 s" if provider == "local" else ""
-    p95 = took[min(len(took) - 1, round(0.95 * len(took)))]
-    figures.add(f"{provider}_reset_p50_s", f"{provider}: reset, p50 of {count}", statistics.median(took), "s", aim)
-    figures.add(f"{provider}_reset_p95_s", f"{provider}: reset, p95 of {count}", p95, "s", "")
+            assert job.settled is not None
+            settled.append(job.settled.seconds)
+    aim = 1.0 if provider == "local" else None
+    rest = ("of that the screen's rest", median_ms(settled) / 1000)
+    figures.spread(f"{provider}_reset_{{}}_s", f"{provider}: reset", took, "s", aim=aim, beside=rest)
 
 
 async def measure_steps(
@@ -89,22 +70,18 @@ async def measure_steps(
 ) -> None:
     """One mouse move and a screenshot: through the daemon, and from the guest directly, in turn."""
     async with Client(served.url) as client:
-        desktop = (await client.env_state(0)).desktop
-        assert desktop is not None
-        assert desktop.endpoints is not None
-        guest = desktop.endpoints.guest
-        through: list[float] = []
-        directly: list[float] = []
-        for number in range(count):
-            # Each moves the pointer somewhere else: a screen that did not change is cheaper to encode.
-            through.append(await seconds(_step(session, served.url, MOVE.format(x=100 + 7 * number, y=200))))
-            directly.append(await seconds(_direct(session, guest, MOVE.format(x=100 + 7 * number, y=600))))
-    step, direct = median_ms(through), median_ms(directly)
-    aim = "< 5 ms" if provider == "local" else ""
-    figures.add(
-        f"{provider}_step_p50_ms", f"{provider}: step, p50 of {count}", step, "ms", "", f"guest: {direct:.1f} ms"
-    )
-    figures.add(f"{provider}_step_overhead_ms", f"{provider}: of that, the daemon's own", step - direct, "ms", aim)
+        guest = await guest_of(client)
+    through: list[float] = []
+    directly: list[float] = []
+    for number in range(count):
+        # Each moves the pointer somewhere else: a screen that did not change is cheaper to encode.
+        through.append(await seconds(_step(session, served.url, MOVE.format(x=100 + 7 * number, y=200))))
+        directly.append(await seconds(_direct(session, guest, MOVE.format(x=100 + 7 * number, y=600))))
+    direct = median_ms(directly)
+    figures.spread(f"{provider}_step_{{}}_ms", f"{provider}: step", in_ms(through), "ms", beside=("guest", direct))
+    aim = 5.0 if provider == "local" else None
+    own = median_ms(through) - direct
+    figures.add(f"{provider}_step_overhead_ms", f"{provider}: of that, the daemon's own", own, "ms", aim=aim)
 
 
 async def _step(session: aiohttp.ClientSession, url: str, program: str) -> None:
@@ -121,10 +98,9 @@ async def _direct(session: aiohttp.ClientSession, guest: str, program: str) -> N
         await answer.read()
 
 
-async def seconds(work: Awaitable[None]) -> float:
-    began = time.perf_counter()
-    await work
-    return time.perf_counter() - began
+def absolute(path: str) -> Path:
+    """The daemon runs in a folder of its own."""
+    return Path(path).absolute()
 
 
 def timed(command: list[str]) -> float:
@@ -133,20 +109,12 @@ def timed(command: list[str]) -> float:
     return time.perf_counter() - began
 
 
-def median_ms(took: list[float]) -> float:
-    return statistics.median(took) * 1000
-
-
-def rss_mb(served: DaemonProcess) -> float:
-    status = Path(f"/proc/{served.pid}/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmRSS:"))
-    return int(line.split()[1]) / 1024
-
-
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--providers", default="sim,local")
     parser.add_argument("--resets", type=int, default=20)
     parser.add_argument("--steps", type=int, default=100)
-    arguments = parser.parse_args()
-    asyncio.run(main(arguments.providers.split(","), arguments.resets, arguments.steps))
+    parser.add_argument("--evaluations", type=int, default=20)
+    parser.add_argument("--evaluators", type=absolute, help="their Python; by default the one that the daemon finds")
+    given = parser.parse_args()
+    asyncio.run(main(given.providers.split(","), given.resets, given.steps, given.evaluations, given.evaluators))
