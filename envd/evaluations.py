@@ -161,10 +161,12 @@ class Evaluations:
             self._forget()
 
     def _forget(self) -> None:
-        """Keep the verdicts of episodes that can be asked for by their env, and as many others."""
-        ended = [episode_id for episode_id, pending in self._pending.items() if pending.done.is_set()]
-        for episode_id in ended[: -2 * len(self._envs)]:
-            del self._pending[episode_id]
+        """Keep the verdicts of episodes that their envs still have: those must never be found twice. The others are
+        read from their bundles."""
+        had = {env.episode.id for env in map(self._envs.env, range(len(self._envs))) if env.episode}
+        for episode_id, pending in tuple(self._pending.items()):
+            if pending.done.is_set() and episode_id not in had:
+                del self._pending[episode_id]
 
     async def _judge(self, episode: Episode, play: Play) -> Verdict:
         findings = _Findings(time.monotonic(), list(play.warnings))
