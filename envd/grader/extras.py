@@ -8,30 +8,27 @@ light, dark or system).
 from __future__ import annotations
 
 import json
-import logging
 import re
 from typing import Any
 
-_log = logging.getLogger("envd.grader.extras")
-
 _MODES = {0: "system", 1: "light", 2: "dark"}
 """Chrome's ThemeService::BrowserColorScheme, as its preferences have it."""
+_SHOWN = {"light": "light", "dark": "dark", "device": "system", "system": "system"}
+"""What the settings page calls them, in English."""
 
-_OPEN_SETTINGS_JS = """() => {
-  const found = [];
-  const walk = root => {
+_COLOR_SCHEME_JS = """() => {
+  const find = root => {
     for (const element of root.querySelectorAll('*')) {
-      const mode = /color-?scheme-?mode/i.test(element.id + ' ' + element.getAttribute('label-for'));
-      if (element.tagName === 'SELECT' && /color.?scheme/i.test(element.id + (root.host ? root.host.id : '')))
-        found.push(element.selectedOptions[0] ? element.selectedOptions[0].text : '');
-      else if (mode && element.shadowRoot && element.shadowRoot.querySelector('select'))
-        found.push(element.shadowRoot.querySelector('select').selectedOptions[0].text);
-      if (element.shadowRoot) walk(element.shadowRoot);
+      if (element.tagName === 'SELECT' && /color.?scheme/i.test(element.id)) return element;
+      const inside = element.shadowRoot && find(element.shadowRoot);
+      if (inside) return inside;
     }
+    return null;
   };
-  walk(document);
-  return found;
+  const select = find(document);
+  return select && select.selectedOptions[0] ? select.selectedOptions[0].text : '';
 }"""
+"""The text of the settings page's dropdown (`colorSchemeModeSelect` in Chromium); shadow roots are nested in it."""
 
 
 def check_play_and_exit(config_path: str | None, rule: dict[str, Any]) -> float:
@@ -75,16 +72,9 @@ def _mode_of_open_page(env: Any) -> str | None:
         pages = [page for context in browser.contexts for page in context.pages]
         for page in pages:
             if page.url.startswith("chrome://settings/appearance"):
-                for text in page.evaluate(_OPEN_SETTINGS_JS):
-                    _log.info("the settings page shows %r", text)
-                    for word, mode in (
-                        ("light", "light"),
-                        ("dark", "dark"),
-                        ("device", "system"),
-                        ("system", "system"),
-                    ):
-                        if word in text.lower():
-                            return mode
+                shown = page.evaluate(_COLOR_SCHEME_JS).strip().lower()
+                if shown in _SHOWN:
+                    return _SHOWN[shown]
     return None
 
 
