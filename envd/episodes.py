@@ -20,9 +20,10 @@ import aiohttp
 import anyio
 from PIL import Image
 
+from .acting import act, as_told, plan, shaped_reward
 from .actions.dialogue import Dialogue, PromptTemplate
-from .actions.pyautogui import Special, Step, step_for_raw, steps
-from .actions.uitars import Frame, PredictionError, parse
+from .actions.pyautogui import Special, Step
+from .actions.uitars import Frame, PredictionError
 from .boot.fleet import Fleet
 from .boot.queue import Beginning, Progress, Reset
 from .bundles import Bundle, Bundles
@@ -32,7 +33,6 @@ from .errors import (
     EnvdError,
     EpisodeOver,
     GuestMisbehaved,
-    GuestUnreachable,
     NoEpisode,
     SetupFailed,
     UnknownEnv,
@@ -66,12 +66,12 @@ from .tasks.task import Task
 
 T = TypeVar("T")
 
-OUTPUT_KEPT = 4000
-"""Characters of a program's stdout and stderr that a step result carries."""
 INSTRUCTION_KEPT = 2000
 """Characters of the instruction that an env is shown with. The model is shown all of it."""
-TOLD = 200
-"""Characters of a program and of its output that a step's event carries: events are kept by the thousand."""
+
+
+PICTURE_ENDS = (b"IEND\xaeB`\x82", b"\xff\xd9")
+"""With what a whole PNG and a whole JPEG end."""
 
 
 @dataclass
@@ -397,13 +397,14 @@ class Envs:
         problem, format_reward = "", 0.0
         end: EndReason | None = None
         try:
-            planned = self._plan(playing.slot, request)
+            assert playing.slot.frame is not None
+            planned = plan(request, playing.slot.frame)
         except PredictionError as error:
             planned, problem, format_reward, end = (), str(error), -1.0, EndReason.UNPARSABLE
         results: list[ActionResult] = []
         pause = self._settings.action_pause if request.pause_s is None else request.pause_s
         for step in planned:
-            results.append(await self._act(guest, step, pause))
+            results.append(await act(guest, step, pause=pause, wait=self._settings.wait_seconds))
             end = self._count_action(playing, step)
             if end or results[-1].outcome is ActionOutcome.UNKNOWN:
                 break
@@ -440,52 +441,10 @@ class Envs:
             playing.play.last_seen = picture, time.monotonic()
             await playing.play.bundle.frame(result.step, picture)
         await playing.play.bundle.step(result, said)
-        self._tell_step(playing.slot, result)
-        return result
-
-    def _tell_step(self, slot: _Slot, result: StepResult) -> None:
-        shown = result.model_dump(mode="json", exclude={"screenshot", "env", "episode_id"})
-        shown["problem"] = shown["problem"][:TOLD]
-        for action in shown["actions"]:
-            action |= {name: action[name][-TOLD:] for name in ("stdout", "stderr")}
-            action["action"] = action["action"][:TOLD]
-        self._tell(slot, "step", **shown, message="step")
+        self._tell(playing.slot, "step", **as_told(result), message="step")
         if result.done:
-            self._tell_end(slot)
-
-    def _plan(self, slot: _Slot, request: StepRequest) -> tuple[Step, ...]:
-        if request.prediction is not None:
-            assert slot.frame is not None
-            return steps(parse(request.prediction, frame=slot.frame))
-        return tuple(step_for_raw(action) for action in request.actions or ())
-
-    async def _act(self, guest: Guest, step: Step, pause: float) -> ActionResult:
-        began = time.monotonic()
-        if isinstance(step, Special):
-            if step is Special.WAIT:
-                await anyio.sleep(self._settings.wait_seconds)
-            seconds = round(time.monotonic() - began, 4)
-            return ActionResult(action=str(step), outcome=ActionOutcome.SPECIAL, seconds=seconds)
-        returncode, stdout, stderr = None, "", ""
-        try:
-            ran = await guest.execute(["python", "-c", step.code])
-            returncode, stdout, stderr = ran.returncode, ran.stdout, ran.stderr
-            outcome = ActionOutcome.FAILED if returncode else ActionOutcome.OK
-        except GuestUnreachable as error:
-            stderr = error.detail
-            outcome = ActionOutcome.UNKNOWN if error.facts.get("sent") else ActionOutcome.FAILED
-        except GuestMisbehaved as error:
-            stderr, outcome = error.detail, ActionOutcome.FAILED
-        seconds = round(time.monotonic() - began, 4)
-        await anyio.sleep(pause)
-        return ActionResult(
-            action=step.source or step.code,
-            outcome=outcome,
-            returncode=returncode,
-            stdout=stdout[-OUTPUT_KEPT:],
-            stderr=stderr[-OUTPUT_KEPT:],
-            seconds=seconds,
-        )
+            self._tell_end(playing.slot)
+        return result
 
     def _count_action(self, playing: _Playing, step: Step) -> EndReason | None:
         episode = playing.change(actions=playing.episode.actions + 1)
@@ -617,13 +576,6 @@ def warnings_of(records: list[SetupRecord], where: str) -> list[str]:
     return [f"{where}[{record.index}] {record.type}: {record.detail}" for record in passed_over]
 
 
-def shaped_reward(planned: tuple[Step, ...], *, seen: bool) -> float:
-    """What one older server gave for a prediction that parses: 0.10, and 0.05 if it begins with an action in the GUI,
-    0.10 if it finishes, 0.05 if the episode goes on."""
-    acts = bool(planned) and not isinstance(planned[0], Special)
-    return round(0.10 + 0.05 * acts + 0.10 * (Special.DONE in planned) + 0.05 * seen, 2)
-
-
 def _overdue(episode: Episode) -> bool:
     return episode.deadline_at is not None and time.time() >= episode.deadline_at
 
@@ -633,6 +585,11 @@ def _why(slot: _Slot) -> str:
 
 
 def _size(picture: bytes, guest: Guest) -> tuple[int, int]:
+    # Reading the size does not notice that the rest is missing, and decoding all of it takes tens of milliseconds.
+    if not picture.endswith(PICTURE_ENDS):
+        raise GuestMisbehaved(
+            f"{guest.url}/screenshot answered {len(picture)} bytes that end in the middle of a picture"
+        )
     try:
         with Image.open(io.BytesIO(picture), formats=("PNG", "JPEG")) as image:
             return image.size
