@@ -185,17 +185,19 @@ class Preparation:
 
     async def _place(self, content: Path | bytes, name: str) -> None:
         target = self.cache / name
-        if not target.resolve().is_relative_to(self.cache.resolve()) or target == self.cache:
-            raise EvaluationInvalid(f"The evaluator keeps a file under {name[:200]!r}, outside of its own folder.")
 
-        def place() -> None:
+        def place() -> bool:
+            if not target.resolve().is_relative_to(self.cache.resolve()) or target == self.cache:
+                return False
             target.parent.mkdir(parents=True, exist_ok=True)
             if isinstance(content, Path):
                 shutil.copyfile(content, target)
             else:
                 target.write_bytes(content)
+            return True
 
-        await run_sync(place)
+        if not await run_sync(place):
+            raise EvaluationInvalid(f"The evaluator keeps a file under {name[:200]!r}, outside of its own folder.")
 
     async def _see_to_chrome(self, context: Context) -> list[str]:
         """A getter that finds no Chrome gives something else than what it was asked for, so there is one. That the
