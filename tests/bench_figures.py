@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import statistics
 import sys
@@ -89,8 +90,8 @@ async def seconds(work: Awaitable[object]) -> float:
 
 
 def percentile(took: Sequence[float], percent: float) -> float:
-    ordered = sorted(took)
-    return ordered[min(len(ordered) - 1, round(percent / 100 * len(ordered)))]
+    """The least of `took` that so many percent of them do not exceed."""
+    return sorted(took)[max(0, math.ceil(percent / 100 * len(took)) - 1)]
 
 
 def median_ms(took: Sequence[float]) -> float:
