@@ -29,7 +29,7 @@ from .assets import Assets
 from .grading import GradeReport, GradeRequest, Graders, GuestAddress, find_interpreter
 from .needs import assets_of_metrics
 from .setup import drive
-from .setup.chrome import answering
+from .setup.chrome import answering, start
 from .setup.context import Context
 from .task import Evaluator
 
@@ -209,7 +209,8 @@ class Preparation:
                 return []
         except EnvdError:
             pass
-        await answering(context, patience=0)
+        await start(context)
+        await answering(context)
         return ["Chrome did not answer before the evaluation and was started again"]
 
     async def _drive_files(self, context: Context) -> Mapping[str, Mapping[str, Any]]:
