@@ -228,6 +228,25 @@ async def test_a_page_that_a_task_opens_is_opened_in_the_running_chrome(tmp_path
         await until(opened)
 
 
+@pytest.mark.parametrize("page", ["/home/user/Desktop/page.html", "http://127.0.0.1:9/page"])
+async def test_whatever_opens_a_page_opens_it_in_the_desktops_chrome(page: str, tmp_path: Path) -> None:
+    async with local(tmp_path) as driver, desktops(driver, "a-1") as [desktop]:
+        await desktop.sh("echo '<title>x</title>' > ~/Desktop/page.html")
+        await until(desktop.has_chrome)
+        await desktop.guest.launch(["xdg-open", page])
+
+        async def opened() -> bool:
+            return any(target["url"].endswith(page) for target in await desktop.cdp.pages())
+
+        await until(opened)
+
+
+async def test_the_image_names_the_system_and_the_browser(tmp_path: Path) -> None:
+    async with local(tmp_path) as driver:
+        assert driver.image.startswith("local (Debian")
+        assert "chromium " in driver.image
+
+
 @BOTH
 async def test_nothing_survives_a_destroy(unsandboxed: bool, tmp_path: Path) -> None:
     word = f"{secrets.randbelow(10**9)}.5"

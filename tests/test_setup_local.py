@@ -54,15 +54,6 @@ async def desktop(tmp_path: Path, **files: bytes) -> AsyncIterator[tuple[Context
             await server.close()
 
 
-BROWSER = """
-mkdir -p ~/.local/share/applications ~/.config
-printf '[Desktop Entry]\\nType=Application\\nName=Browser\\nExec=google-chrome %%U\\nMimeType=text/html;\\n' \
-    > ~/.local/share/applications/browser.desktop
-printf '[Default Applications]\\ntext/html=browser.desktop\\n' > ~/.config/mimeapps.list
-"""
-"""Makes google-chrome the program that opens pages, as it is on OSWorld's images."""
-
-
 async def run(context: Context, *steps: tuple[str, dict[str, Any]]) -> tuple[SetupRecord, ...]:
     return await runner.run([Step(kind, parameters) for kind, parameters in steps], context)
 
@@ -179,7 +170,6 @@ async def test_a_page_is_opened_and_is_there_when_the_step_ends(tmp_path: Path) 
     async with desktop(tmp_path, page=page) as (context, url):
         await run(
             context,
-            ("execute", {"command": BROWSER, "shell": True}),
             ("download", {"files": [{"url": f"{url}/page", "path": "/home/user/Desktop/figures.html"}]}),
             ("open", {"path": "/home/user/Desktop/figures.html"}),
         )

@@ -71,14 +71,20 @@ class LocalDriver(Driver):
         self._state_dir = settings.state_dir.absolute()
         self._root = self._state_dir / "local"
         self._view: list[str] = []
+        self._made_of = ""
         self._desktops: dict[str, _Desktop] = {}
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._watchers: anyio.abc.TaskGroup
+
+    @property
+    def image(self) -> str:
+        return f"local ({self._made_of}{'' if self._sandboxed else ', no sandbox'})"
 
     async def __aenter__(self) -> Self:
         """Raises MissingDependency for a missing package, StartError where the kernel forbids the sandbox."""
         await anyio.to_thread.run_sync(lambda: sandbox.require_programs(sandboxed=self._sandboxed))
         await anyio.to_thread.run_sync(lambda: sandbox.lay_out_root(self._root, sandboxed=self._sandboxed))
+        self._made_of = await anyio.to_thread.run_sync(sandbox.made_of)
         if self._sandboxed:
             self._view = await anyio.to_thread.run_sync(lambda: sandbox.view_of_host(self._root, hide=self._state_dir))
             await self._try_sandbox()
@@ -409,6 +415,7 @@ def _environment(places: sandbox.Places, display: int, cdp_port: int) -> dict[st
         "XAUTHORITY": f"{places.home}/.Xauthority",
         "XDG_RUNTIME_DIR": places.runtime,
         "XDG_SESSION_TYPE": "x11",
+        "XDG_DATA_DIRS": f"{places.share}:/usr/local/share:/usr/share",
         "ACCESSIBILITY_ENABLED": "1",  # Chromium offers its windows to AT-SPI only if told so when it starts
         "DBUS_SESSION_BUS_ADDRESS": f"unix:path={places.runtime}/bus",
         "DESKTOP_CHROME": places.chrome,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import compileall
 import importlib.util
 import os
+import platform
 import secrets
 import shutil
 import socket
@@ -46,7 +47,9 @@ _PROGRAMS = {
     "dbus-daemon": "dbus",
     str(CHROMIUM / "chromium"): "chromium",
     "/usr/libexec/at-spi-bus-launcher": "at-spi2-core",
+    "xdg-open": "xdg-utils",
 }
+_VISIBLE = ("chromium", "openbox", "xvfb")
 _MODULES = ("pyautogui", "mss", "Xlib", "numpy")
 
 # fmt: off
@@ -76,6 +79,8 @@ class Places:
     runtime: str
     programs: str
     """The directory that comes first in PATH."""
+    share: str
+    """The directory that comes first in XDG_DATA_DIRS: says that pages are opened by our google-chrome."""
     chrome: str
     """The browser's binary. Named `chrome` where possible, since tasks end it by that name."""
 
@@ -85,6 +90,7 @@ INSIDE = Places(
     tmp="/tmp",
     runtime="/run/user/1000",
     programs="/opt/envd/bin",
+    share="/opt/envd/share",
     chrome="/opt/google/chrome/chrome",
 )
 
@@ -96,6 +102,7 @@ def outside(root: Path, desktop: Path) -> Places:
         tmp=str(desktop / "tmp"),
         runtime=str(desktop / "run"),
         programs=str(root / "bin"),
+        share=str(root / "share"),
         chrome=str(CHROMIUM / "chromium"),
     )
 
@@ -122,6 +129,17 @@ def require_programs(*, sandboxed: bool) -> None:
         )
 
 
+def made_of() -> str:
+    """The system and the packages that decide what a desktop looks like and does. Blocks."""
+    system = platform.freedesktop_os_release().get("PRETTY_NAME", "an unknown system")
+    asked = ["dpkg-query", "--show", "--showformat=${Package} ${Version}\n", *_VISIBLE]
+    try:
+        told = subprocess.run(asked, capture_output=True, text=True, check=False, timeout=10).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        told = ""
+    return ", ".join([system, *told.splitlines()])
+
+
 def lay_out_root(root: Path, *, sandboxed: bool) -> None:
     """The files that all desktops of a daemon share, made anew at each start. Blocks."""
     if not sandboxed and not X_SOCKETS.is_dir():
@@ -132,9 +150,10 @@ def lay_out_root(root: Path, *, sandboxed: bool) -> None:
     root.mkdir(mode=0o700, parents=True, exist_ok=True)
     root.chmod(0o700)
     (root / "desktops").mkdir(exist_ok=True)
-    for made in ("bin", "etc"):
+    for made in ("bin", "etc", "share"):
         shutil.rmtree(root / made, ignore_errors=True)
         (root / made).mkdir()
+    shutil.copytree(GUEST_FILES / "applications", root / "share" / "applications")
     for wrapper in ("google-chrome", "socat"):
         _program(root / "bin" / wrapper, (GUEST_FILES / "bin" / wrapper).read_text())
     for alias in ("google-chrome-stable", "chromium", "chromium-browser"):
@@ -265,6 +284,7 @@ def _chrome() -> Iterator[str]:
 
 def _programs(root: Path) -> Iterator[str]:
     yield from ("--ro-bind", str(root / "bin"), INSIDE.programs)
+    yield from ("--ro-bind", str(root / "share"), INSIDE.share)
 
 
 def _python() -> Iterator[str]:
