@@ -14,7 +14,6 @@ from ..mirrors import parse_mirrors
 from ..task import Parameters
 from .context import Context, Run
 
-
 TOLD_SECONDS = 2.0
 
 
