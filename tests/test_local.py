@@ -7,6 +7,7 @@ import os
 import secrets
 import shlex
 import signal
+import struct
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ import pytest
 
 from envd.drivers.base import InstanceSpec
 from envd.drivers.local import LocalDriver
+from envd.drivers.local.branding import renamed
 from envd.errors import EnvdError, MissingDependency, StartError
 from envd.guest import Cdp, Guest
 from envd.models import Endpoints
@@ -239,6 +241,36 @@ async def test_whatever_opens_a_page_opens_it_in_the_desktops_chrome(page: str, 
             return any(target["url"].endswith(page) for target in await desktop.cdp.pages())
 
         await until(opened)
+
+
+async def test_chromes_windows_have_the_name_that_tasks_look_for(tmp_path: Path) -> None:
+    async with local(tmp_path) as driver, desktops(driver, "a-1") as [desktop]:
+
+        async def named() -> bool:
+            return "about:blank - Google Chrome" in await desktop.sh("wmctrl -l")
+
+        await until(named)
+
+
+def pack(*texts: bytes, version: int = 5) -> bytes:
+    """A file of Chromium's texts, the first of them under two numbers."""
+    begin = 12 + 6 * (len(texts) + 1) + 4
+    offsets = [begin + len(b"".join(texts[:index])) for index in range(len(texts) + 1)]
+    entries = b"".join(struct.pack("<HI", 10 + index, offset) for index, offset in enumerate(offsets))
+    return struct.pack("<IBxxxHH", version, 1, len(texts), 1) + entries + struct.pack("<HH", 99, 0) + b"".join(texts)
+
+
+def test_texts_are_renamed_and_the_rest_of_the_pack_stays() -> None:
+    before, after = (b"About Chromium", b"", b"%s - Chromium"), (b"About Google Chrome", b"", b"%s - Google Chrome")
+    assert renamed(pack(*before)) == pack(*after)
+
+
+@pytest.mark.parametrize(
+    "other",
+    [pytest.param(pack(b"Chromium", version=6), id="of another version"), pytest.param(b"Chromium", id="cut short")],
+)
+def test_a_pack_that_we_do_not_know_is_left_as_it_is(other: bytes) -> None:
+    assert renamed(other) == other
 
 
 async def test_the_image_names_the_system_and_the_browser(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import MissingDependency
+from . import branding
 
 PACKAGE = Path(__file__).resolve().parents[2]
 """The package `envd` itself, which may lie elsewhere than the rest of the environment (an editable install)."""
@@ -154,6 +155,7 @@ def lay_out_root(root: Path, *, sandboxed: bool) -> None:
         shutil.rmtree(root / made, ignore_errors=True)
         (root / made).mkdir()
     shutil.copytree(GUEST_FILES / "applications", root / "share" / "applications")
+    branding.rename(CHROMIUM / "locales", root / "share" / "locales")
     for wrapper in ("google-chrome", "socat"):
         _program(root / "bin" / wrapper, (GUEST_FILES / "bin" / wrapper).read_text())
     for alias in ("google-chrome-stable", "chromium", "chromium-browser"):
@@ -278,7 +280,8 @@ def _chrome() -> Iterator[str]:
     directory = os.path.dirname(INSIDE.chrome)
     for name in os.listdir(CHROMIUM):
         if name != "chromium":
-            yield from ("--symlink", str(CHROMIUM / name), f"{directory}/{name}")
+            found = f"{INSIDE.share}/{name}" if name == "locales" else str(CHROMIUM / name)
+            yield from ("--symlink", found, f"{directory}/{name}")
     yield from ("--ro-bind", str(CHROMIUM / "chromium"), INSIDE.chrome)
 
 
