@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import base64
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,10 @@ MOVE = "import pyautogui; import time; pyautogui.FAILSAFE = False; pyautogui.mov
 
 
 async def main(providers: list[str], resets: int, steps: int, evaluations: int, evaluators: Path | None) -> None:
+    task = asyncio.current_task()
+    assert task is not None
+    # The daemon is in a process group of its own: it ends with this one only if this one unwinds.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     figures = Figures()
     start_up(figures)
     settings = {"ENVD_ACTION_PAUSE": "0", "ENVD_MAX_STEPS": "10000", "ENVD_EVALUATORS": str(evaluators or "")}
