@@ -81,7 +81,7 @@ class Play:
     outputs   what its set-up kept for the evaluator, by name
     browser   as CDP names it, once the set-up was done; "" if there was none
     proxied   Chrome was given a proxy
-    last_seen a picture of the screen and when (monotonic) it was taken, unless something was done since
+    last_seen the first picture since something was done to the screen, and when (monotonic) it was taken
     replaced  a reset has taken the desktop away
     """
 
@@ -438,7 +438,8 @@ class Envs:
             screenshot=base64.b64encode(picture).decode() if picture and request.include_screenshot else None,
         )
         if picture is not None:
-            playing.play.last_seen = picture, time.monotonic()
+            if playing.play.last_seen is None:
+                playing.play.last_seen = picture, time.monotonic()
             await playing.play.bundle.frame(result.step, picture)
         await playing.play.bundle.step(result, said)
         self._tell(playing.slot, "step", **as_told(result), message="step")

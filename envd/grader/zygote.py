@@ -6,6 +6,7 @@ grading; when the daemon's end closes, everything here ends.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import platform
@@ -40,6 +41,9 @@ def main(arguments: list[str]) -> None:
     except ImportError as error:
         control.send(json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode())
         return
+    # What was imported stays: a collection in a child would touch, and so copy, all of it.
+    gc.collect()
+    gc.freeze()
     ready = {
         "version": library.version,
         "python": platform.python_version(),
