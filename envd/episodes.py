@@ -219,8 +219,9 @@ class Envs:
         while slot.busy:
             await self._step_ended.wait()
         with self._taken(slot, "its evaluation"):
-            if slot.episode is None or slot.episode.id != episode.id or slot.state is not EnvState.PLAYING:
+            if slot.episode is None or slot.episode.id != episode.id:
                 raise _lost(episode.desktop_id)
+            self._with_desktop(slot.id)
             self._end_episode(slot, EndReason.EVALUATED)
             guest, desktop_id = self._guest(slot)
             desktop = self._fleet.get(desktop_id)

@@ -88,7 +88,8 @@ class EnvdError(Exception):
         )
 
     def __str__(self) -> str:
-        return f"{self.detail} {self.hint}".strip()
+        between = " " if self.detail.endswith((".", "?", "!", "…")) else ". "
+        return f"{self.detail}{between}{self.hint}" if self.hint else self.detail
 
 
 class StartError(EnvdError):
@@ -354,7 +355,7 @@ class SetupFailed(TaskError):
 
     code = "setup_failed"
     title = "The task's set-up failed"
-    status = 503
+    status = 500
 
     def __init__(self, detail: str, *, behind: EnvdError | None = None, **facts: Any) -> None:
         if behind is not None:
@@ -362,6 +363,8 @@ class SetupFailed(TaskError):
         super().__init__(detail, **facts)
         if behind is not None:
             self.fault, self.retryable = behind.fault, behind.retryable
+        if self.fault is not Fault.TASK:
+            self.status = 503
 
 
 class EvaluationInvalid(TaskError):
@@ -372,7 +375,7 @@ class EvaluationInvalid(TaskError):
 
 class NotEvaluable(TaskError):
     code = "not_evaluable"
-    title = "This daemon cannot evaluate the task"
+    title = "The task cannot be evaluated here"
     status = 500
 
 
@@ -394,5 +397,5 @@ def from_problem(problem: Problem) -> EnvdError:
     cls = error_classes().get(problem.code, fallback)
     facts = dict(problem.model_extra or {})
     error = cls(problem.detail, hint=problem.hint, retry_after=problem.retry_after, **facts)
-    error.fault, error.retryable = problem.fault, problem.retryable
+    error.fault, error.retryable, error.status = problem.fault, problem.retryable, problem.status
     return error

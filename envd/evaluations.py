@@ -74,6 +74,7 @@ class _Findings:
     raw: tuple[Any, ...] | None = None
     settled: Settled | None = None
     evaluator_version: str = ""
+    detail: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
 
 
@@ -193,7 +194,7 @@ class Evaluations:
     async def _score(self, episode: Episode, play: Play, findings: _Findings) -> float:
         if play.task.evaluator is None:
             raise NotEvaluable(
-                f"The task {play.task.id or ''} of env {episode.env} has no evaluator.",
+                f"The task{f' {play.task.id}' if play.task.id else ''} of env {episode.env} has no evaluator.",
                 hint="Give its task file one, or judge it yourself by the evidence.",
             )
         evaluator = play.task.evaluator
@@ -202,6 +203,10 @@ class Evaluations:
             if evaluator.infeasible or gave_up:
                 # The desktop has no say in it, so its post-configuration, which could only fail, is not run.
                 await self._last_look(judged, play, findings)
+                findings.detail = (
+                    f"By the rule for giving up: the task is {'in' if evaluator.infeasible else ''}feasible, "
+                    f"and the model {'gave up' if gave_up else 'did not give up'}."
+                )
                 findings.raw = (float(evaluator.infeasible and gave_up),)
                 return float(findings.raw[0])
             return await judged.while_alive(lambda: self._ask(judged, play, findings))
@@ -220,6 +225,9 @@ class Evaluations:
                 findings.seconds["postconfig"] = round(time.monotonic() - began, 4)
                 findings.warnings += warnings_of(findings.postconfig, "evaluator.postconfig")
             await self._last_look(judged, play, findings)
+            waited = time.monotonic()
+            await preparation.ready()
+            findings.seconds["prepare"] = round(time.monotonic() - waited, 4)
             left = self._settings.evaluation_timeout - (time.monotonic() - findings.began)
             grade = await preparation.grade(judged.desktop, context, play, judged.episode.started_at, left - MARGIN)
             await play.bundle.grading(grade.report, grade.folder)
@@ -255,7 +263,7 @@ class Evaluations:
             mask=error is not None,
             fault=error.fault if error else None,
             code=error.code if error else None,
-            detail=error.detail if error else "",
+            detail=error.detail if error else findings.detail,
             hint=error.hint if error else "",
             metrics=findings.metrics,
             postconfig=tuple(findings.postconfig),
@@ -291,7 +299,11 @@ class Evaluations:
         told = verdict.model_dump(
             mode="json", include={"episode_id", "status", "score", "mask", "fault", "code", "detail", "seconds"}
         )
-        message = f"scored {verdict.score:g}" if verdict.score is not None else f"no score: {verdict.status}"
+        message = (
+            f"scored {verdict.score:g}"
+            if verdict.score is not None
+            else f"no score: {verdict.status}: {verdict.detail}"
+        )
         self._events.publish("verdict", env=verdict.env, **told, message=message)
 
 

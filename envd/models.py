@@ -293,6 +293,7 @@ class Verdict(Model):
     fault: Fault | None = None
     code: str | None = None
     detail: str = ""
+    """Why there is no score; of a score, by which rule it is one without an evaluator."""
     hint: str = ""
     metrics: tuple[MetricRecord, ...] = ()
     postconfig: tuple[SetupRecord, ...] = ()
@@ -302,7 +303,8 @@ class Verdict(Model):
     provenance: Provenance
     evaluated_at: float
     seconds: dict[str, float] = {}
-    """Where the time went: postconfig, settle, getters, metrics, overhead, total."""
+    """Where the time went: postconfig, settle, prepare (what was waited for: files, the evaluators' imports), getters,
+    metrics, overhead (of the evaluator's processes), total."""
 
     @model_validator(mode="after")
     def _a_number_only_if_scored(self) -> Self:

@@ -3,14 +3,17 @@ daemon supervises."""
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import aiohttp
 import anyio
+import anyio.to_thread
 import structlog
 
 from .actions.dialogue import DEFAULT_TEMPLATE, PromptTemplate
@@ -24,7 +27,7 @@ from .errors import Draining, EnvBusy, InvalidRequest, SettingsError
 from .evaluations import Evaluations
 from .events import EventLog
 from .models import Env, Job, StepRequest, StepResult, Verdict
-from .settings import Settings
+from .settings import Settings, variable
 from .store import MemoryStore, Store
 from .tasks.abilities import Abilities
 from .tasks.assets import Assets
@@ -198,6 +201,7 @@ class Service:
 @asynccontextmanager
 async def open_service(settings: Settings, daemon_id: str, driver: Driver | None = None) -> AsyncIterator[Service]:
     """A service with everything it needs open. Raises StartError when the provider cannot be used."""
+    await anyio.to_thread.run_sync(refuse_unreadable, settings)
     store = MemoryStore()
     # The daemon itself bounds every call, and one desktop must not be able to use up all connections.
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
@@ -212,6 +216,17 @@ async def open_service(settings: Settings, daemon_id: str, driver: Driver | None
             driver or make_driver(settings, daemon_id) as opened,
         ):
             yield Service(settings, opened, store, EventLog(store), session, assets, bundles, evaluators, daemon_id)
+
+
+def refuse_unreadable(settings: Settings) -> None:
+    """Raise SettingsError for a file that a setting names and that holds no JSON. Blocks."""
+    for field in ("proxy_file", "google_credentials", "google_account"):
+        file: Path | None = getattr(settings, field)
+        try:
+            if file is not None:
+                json.loads(file.read_text())
+        except (OSError, ValueError) as error:
+            raise SettingsError(f"{variable(field)}: {file} cannot be used: {error}.") from error
 
 
 def load_template(settings: Settings) -> PromptTemplate:

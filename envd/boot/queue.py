@@ -134,6 +134,8 @@ class _Progress:
         record = record.model_copy(update={"detail": record.detail[:TOLD]})
         records = (*self.ticket.job.setup, record)
         message = f"set-up step {record.index} ({record.type}) {record.outcome} after {record.seconds:.2f} s"
+        if record.detail:
+            message += f": {record.detail}"
         shown = record.model_dump(mode="json")
         self.queue._update(self.ticket, "setup", {"setup": records}, record=shown, message=message)
 

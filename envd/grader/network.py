@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import requests
 
-from .ledger import AssetMissing, GuestFailure, InternetFailure, Ledger
+from .ledger import AssetMissing, GuestFailure, InternetFailure, Ledger, Missing
 
 LARGEST_FILE = 512 * 1024 * 1024
 LARGEST_ANSWER = 64 * 1024 * 1024
@@ -82,7 +82,7 @@ class Guest:
     def execute(self, command: list[str]) -> dict[str, Any]:
         """Run a command. Sent once. Raises GuestFailure unless it ran to its end."""
         answer = self.exchange("POST", f"{self._url}/execute", json={"command": command, "shell": False})
-        said = check_execute(answer, self.ledger)
+        said = check_execute(answer)
         if answer.status != 200:
             raise GuestFailure(f"The guest could not run Python: {str(said.get('message'))[:400]}")
         return said
@@ -132,9 +132,9 @@ class Guest:
         return max(1.0, min(GUEST_SECONDS, self._left() - 1))
 
 
-def check_execute(answer: Answer, ledger: Ledger) -> dict[str, Any]:
-    """The object that /execute answered. Raises GuestFailure unless the command ran, or the guest says that it cannot
-    be run (which is for the getter to make something of)."""
+def check_execute(answer: Answer) -> dict[str, Any]:
+    """The object that /execute answered. Raises GuestFailure unless the command ran, and Missing when the guest says
+    that it cannot run it: the getter would make None of that, and a metric would judge it as the model's doing."""
     said = answer.json()
     if answer.status == 200:
         if not isinstance(said.get("output"), str) or not isinstance(said.get("returncode"), int):
@@ -145,8 +145,10 @@ def check_execute(answer: Answer, ledger: Ledger) -> dict[str, Any]:
         raise GuestFailure(f"The guest's /execute answered {answer.status}: {_excerpt(answer.body)}.")
     if re.search(r"timed? ?out|TimeoutExpired", message, re.IGNORECASE):
         raise GuestFailure(f"A command in the guest did not end: {message[:400]}")
-    ledger.warn(f"The guest could not run a command that the evaluator asked for: {message[:400]}")
-    return said
+    raise Missing(
+        f"The desktop cannot run a command of the evaluator: {message[:400]}",
+        hint="The task was written for an image that has this program: use one.",
+    )
 
 
 def watch(guest: Guest, *, allow_internet: bool) -> None:
@@ -185,10 +187,10 @@ def _of_guest(guest: Guest, method: str, url: str, how: dict[str, Any]) -> reque
         raise
     try:
         if answer.path in ("/execute", "/setup/execute"):
-            check_execute(answer, guest.ledger)
+            check_execute(answer)
         elif answer.status >= 400 and not answer.path.startswith("/setup/"):
             raise GuestFailure(f"The guest's {answer.path} answered {answer.status}: {_excerpt(answer.body)}.")
-    except GuestFailure as stop:
+    except (GuestFailure, Missing) as stop:
         guest.ledger.failed(answer.path, stop)  # also if something swallows it
         raise
     response = requests.Response()
@@ -203,7 +205,7 @@ def _explain_refusal_of_vlc(guest: Guest, url: str, stop: GuestFailure) -> None:
     if urlsplit(url).port != guest.ports["vlc"]:
         return
     looked = guest.exchange("POST", guest._url + "/execute", json={"command": ["pgrep", "-x", "vlc"], "shell": False})
-    said = check_execute(looked, guest.ledger)
+    said = check_execute(looked)
     if looked.status == 200 and said["returncode"] == 1 and not said["output"].strip():
         guest.ledger.outstanding.clear()
         guest.ledger.warn("VLC does not run in the desktop.")

@@ -20,7 +20,7 @@ import anyio
 import structlog
 from anyio.to_thread import run_sync
 
-from ..errors import EnvdError, EvaluationInvalid
+from ..errors import EnvdError, EvaluationInvalid, SettingsError
 from ..models import Desktop, MetricRecord
 from ..settings import Settings
 from . import catalog
@@ -40,6 +40,7 @@ logger = structlog.get_logger(__name__)
 
 ZONE = re.compile(r"[A-Za-z][A-Za-z0-9_+-]{0,40}(?:/[A-Za-z0-9_+-]{1,40}){0,2}")
 ASK_ZONE = "cat /etc/timezone 2>/dev/null || readlink /etc/localtime | sed 's,.*zoneinfo/,,'"
+LOOK = "import importlib.util, sys; sys.exit(importlib.util.find_spec('desktop_env') is None)"
 RELATIVE_TIME = "rule_relativeTime"
 DRIVE_FILE = "googledrive_file"
 
@@ -82,7 +83,9 @@ class Evaluators:
             # What a daemon that was killed had not finished.
             await run_sync(_clear, graders.directory)
             python = await run_sync(find_interpreter, settings)
-            if python is None:
+            if settings.evaluators is not None:
+                await _see_that_it_has_them(settings.evaluators, python)
+            elif python is None:
                 logger.warning("no evaluators: episodes can be played but not judged", hint="Run: make evaluators.")
             ocr = python is not None and await run_sync(has_ocr, python)
             yield cls(settings, graders, assets, session, ocr=ocr)
@@ -132,7 +135,7 @@ class Preparation:
         return self.workdir / "cache"
 
     async def fetch(self) -> None:
-        """The files that are compared with. What cannot be had is told by `grade`."""
+        """The files that are compared with. What cannot be had is told by `ready`."""
         try:
             for url, name in assets_of_metrics(self.evaluator.metrics):
                 await self._place(await self.evaluators.assets.fetch(url), name)
@@ -141,16 +144,20 @@ class Preparation:
         finally:
             self._fetched.set()
 
+    async def ready(self) -> None:
+        """Return when the files are there and the evaluators imported. Raises AssetUnavailable."""
+        await self._fetched.wait()
+        if self._missing is not None:
+            raise self._missing
+        await self.evaluators.warm()
+
     async def grade(self, desktop: Desktop, context: Context, play: Play, began_at: float, deadline_s: float) -> Grade:
-        """Have the desktop judged as it is. Raises AssetUnavailable, GuestUnreachable and EvaluationInvalid for what
-        kept the evaluator from being asked."""
+        """Have the desktop judged as it is, once `ready`. Raises GuestUnreachable and EvaluationInvalid for what kept
+        the evaluator from being asked."""
         for name, content in play.outputs.items():
             await self._place(content, name)
         warnings = await self._see_to_chrome(context)
         values = await self._drive_files(context)
-        await self._fetched.wait()
-        if self._missing is not None:
-            raise self._missing
         request = GradeRequest(
             metrics=self.evaluator.metrics,
             conj=self.evaluator.conj,
@@ -256,6 +263,20 @@ class _Getter:
 def _by_name(file: Path | None) -> dict[str, str] | None:
     """A file as the evaluator's values name it."""
     return None if file is None else {"$file": file.name}
+
+
+async def _see_that_it_has_them(given: Path, python: Path | None) -> None:
+    """Raise SettingsError unless ENVD_EVALUATORS can be used. Takes tens of milliseconds."""
+    try:
+        ran = await anyio.run_process([str(python), "-I", "-c", LOOK], check=False) if python is not None else None
+    except OSError:
+        ran = None
+    if ran is None or ran.returncode != 0:
+        what = "is no program" if ran is None else "is a Python without desktop-env"
+        raise SettingsError(
+            f"ENVD_EVALUATORS: {given} {what}.",
+            hint="Run `make evaluators` and leave it unset, or name one that has it.",
+        )
 
 
 def _address(desktop: Desktop) -> GuestAddress:
