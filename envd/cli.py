@@ -105,6 +105,8 @@ def prewarm(url: Url = None) -> None:
 def check(paths: Paths, as_json: Json = False) -> None:
     """Say which tasks can be run with these settings, and what each of them needs.
 
+    Supported is what this server can do. Whether its desktops have the programs of a task is not looked at.
+
     Exit codes: 0 all can, 1 some cannot, 2 no task file was found.
     """
     from .settings import load
@@ -120,7 +122,7 @@ def check(paths: Paths, as_json: Json = False) -> None:
 def prefetch(paths: Paths) -> None:
     """Download the files that tasks need into the server's cache.
 
-    May run beside the server. Exit codes: 0 all are there, 1 some are missing.
+    May run beside the server. Exit codes: 0 all are there, 1 some are missing, 2 no task file was found.
     """
     from .settings import load
     from .tasks.prefetch import prefetch as fetch

@@ -10,6 +10,7 @@ import anyio
 from anyio.to_thread import run_sync
 
 from .parts import Part, Version, version_in_folder
+from .unreachable import HostGivenUp
 
 Progress = Callable[[int, int | None], None]
 """Told of bytes received so far, and of bytes in all when that is known."""
@@ -30,6 +31,13 @@ class SourceFailed(Exception):
     def __init__(self, why: str, status: int | None = None, again: bool = False, after: float = 0) -> None:
         super().__init__(why)
         self.why, self.status, self.again, self.after = why, status, again, after
+
+
+class NotReached(SourceFailed):
+    """The session has given the host up; another time it may be there."""
+
+    def __init__(self, why: str) -> None:
+        super().__init__(why, again=True)
 
 
 class TooLarge(SourceFailed):
@@ -64,7 +72,7 @@ class Download:
             try:
                 return await self._attempt(place)
             except SourceFailed as error:
-                if not error.again:
+                if not error.again or isinstance(error, NotReached):
                     raise
                 await anyio.sleep(max(pause, min(error.after, LONGEST_RETRY_AFTER)))
         return await self._attempt(place)
@@ -83,6 +91,8 @@ class Download:
             raise SourceFailed(f"redirected more than {REDIRECTS} times", error.status) from error
         except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
             raise SourceFailed(f"not a URL that can be downloaded: {error}") from error
+        except HostGivenUp as error:
+            raise NotReached(_words_of(error.error)) from error
         except aiohttp.ClientConnectorCertificateError as error:
             raise SourceFailed(f"its certificate is not valid: {error.certificate_error}") from error
         except aiohttp.ClientResponseError as error:
