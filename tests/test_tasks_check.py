@@ -136,13 +136,32 @@ async def test_json_tells_each_task(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 def test_piped_it_is_plain_lines(tmp_path: Path) -> None:
     write(tmp_path, os__a=RICH, os__b=BAD, **{"c": {**GOOD, "id": "rich"}})
-    ran = command(tmp_path, ".")
+    ran = command(tmp_path, "c.json", "os", ENVD_EVALUATORS=sys.executable)
     assert (ran.returncode, ran.stderr) == (1, "")
     assert ran.stdout.splitlines()[:3] == ["yes  c.json", "yes  os/a.json  internet, proxy, 1 file", "no   os/b.json"]
     assert ran.stdout.splitlines()[3].startswith("     config[0].type: there is no set-up step 'dance'")
     assert ran.stdout.splitlines()[4:] == [
-        "2 of 3 supported. Needs: internet 1, proxy 1. 1 different file. 1 id in more than one file, the first is rich."
+        "2 of 3 supported: what this server can do; programs in its desktops are not looked at."
+        " Needs: internet 1, proxy 1. 1 different file. 1 id in more than one file, the first is rich."
     ]
+
+
+async def test_that_there_are_no_evaluators_is_told_and_makes_no_task_unsupported(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, good=GOOD)
+    assert await check([tmp_path], settings(tmp_path, evaluators=tmp_path / "none")) == 0
+    assert "make evaluators" in capsys.readouterr().out.splitlines()[-1]
+    assert await check([tmp_path], settings(tmp_path, evaluators=Path(sys.executable))) == 0
+    assert "make evaluators" not in capsys.readouterr().out
+
+
+def test_paths_are_told_so_that_they_can_be_pasted(tmp_path: Path) -> None:
+    write(tmp_path, **{"os__a b": GOOD, "c": GOOD})
+    ran = command(tmp_path / "os", ".", "../c.json")
+    assert ran.stdout.splitlines()[:2] == ["yes  'a b.json'", "yes  ../c.json"]
+    ran = command(tmp_path, str(tmp_path))
+    assert ran.stdout.splitlines()[0] == f"yes  {tmp_path}/c.json"
 
 
 def test_a_name_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,15 +172,19 @@ def test_a_name_cannot_steer_the_terminal(tmp_path: Path, capsys: pytest.Capture
     assert "a?[31m[bold].json" in told
 
 
-def test_on_a_terminal_it_is_a_table_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("table", [pytest.param(True, id="table"), pytest.param(False, id="lines for lack of room")])
+def test_on_a_terminal_it_is_a_table_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, table: bool) -> None:
     screen = io.StringIO()
-    terminal = Console(file=screen, width=80, force_terminal=True, color_system=None, markup=False, highlight=False)
-    monkeypatch.setattr(check_report, "Console", lambda **_: terminal)
     name = "libreoffice_impress__0a0faba3-5580-44df-965d-f562a99b291c"
+    path = str(tmp_path / f"{name.replace('__', '/')}.json")
+    width = len(path) + (30 if table else 29)
+    terminal = Console(file=screen, width=width, force_terminal=True, color_system=None, markup=False, highlight=False)
+    monkeypatch.setattr(check_report, "Console", lambda **_: terminal)
     check_report.print_report(look([write(tmp_path, **{name: RICH, "b": BAD})], NOTHING, LIMIT))
     lines = screen.getvalue().splitlines()
-    assert max(map(len, lines[:-1])) <= 80
-    assert any("libreoffice_impress/0a0faba3…" in line and "internet, proxy, 1 file" in line for line in lines)
+    assert any(line.startswith("task ") for line in lines) == table
+    assert not table or max(map(len, lines[:-1])) <= width
+    assert any(path in line and ("internet" in line) for line in lines)
 
 
 async def test_offline_only_what_is_in_the_cache_counts(tmp_path: Path) -> None:

@@ -44,7 +44,10 @@ async def check(paths: Sequence[Path], settings: Settings, *, as_json: bool = Fa
 
     def tell() -> int:
         checked = look(paths, abilities, settings.body_limit)
-        (print_json if as_json else print_report)(checked)
+        if as_json:
+            print_json(checked)
+        else:
+            print_report(checked, evaluators=find_interpreter(settings) is not None)
         if not checked or not any(os.path.exists(path) for path in paths):
             return 2
         return 0 if all(one.supported for one in checked) else 1

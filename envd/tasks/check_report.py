@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import re
+import shlex
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -15,7 +13,12 @@ from rich.text import Text
 
 from .checked import Checked
 
-UUID = re.compile(r"\b([0-9a-f]{8})-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}(?=$)")
+NEEDS_WIDTH = 30
+"""Columns that a table leaves for its last column at least; where paths are too long for that, there are lines."""
+NO_EVALUATORS = (
+    "No evaluators were found, so hardly any task would get a score. Run: make evaluators. Or set ENVD_EVALUATORS to a "
+    "Python that has desktop-env."
+)
 
 
 def print_json(checked: Sequence[Checked]) -> None:
@@ -33,36 +36,38 @@ def print_json(checked: Sequence[Checked]) -> None:
     Console().out(json.dumps({"tasks": tasks}, indent=1), highlight=False)
 
 
-def print_report(checked: Sequence[Checked]) -> None:
+def print_report(checked: Sequence[Checked], *, evaluators: bool = True) -> None:
+    """`evaluators` says whether this host has them. Paths are told as they were given, to be pasted."""
     console = Console(markup=False, highlight=False, emoji=False)
     if checked:
-        root = _common([one.path for one in checked])
-        if console.is_terminal:
-            console.print(_table(checked, root))
+        if console.is_terminal and max(len(_name(one)) for one in checked) + NEEDS_WIDTH <= console.width:
+            console.print(_table(checked))
         else:
-            for line in _lines(checked, root):
+            for line in _lines(checked):
                 console.out(line, highlight=False)
     console.out(_summary(checked), highlight=False)
+    if checked and not evaluators:
+        console.out(NO_EVALUATORS, highlight=False)
 
 
-def _table(checked: Sequence[Checked], root: str) -> Table:
+def _table(checked: Sequence[Checked]) -> Table:
     table = Table(expand=True, show_edge=False, pad_edge=False)
-    table.add_column("task", no_wrap=True, overflow="ellipsis")
+    table.add_column("task", no_wrap=True)
     table.add_column("runs")
     table.add_column("needs, and what is wrong", ratio=1, overflow="fold")
     for one in checked:
         table.add_row(
-            Text(_short(_name(one, root))),
+            Text(_name(one)),
             Text("yes", style="green") if one.supported else Text("no", style="red"),
             Text("\n").join(filter(None, [Text(_needs(one)), *(Text(problem, style="red") for problem in _told(one))])),
         )
     return table
 
 
-def _lines(checked: Sequence[Checked], root: str) -> list[str]:
+def _lines(checked: Sequence[Checked]) -> list[str]:
     lines = []
     for one in checked:
-        lines.append(f"{'yes' if one.supported else 'no '}  {_name(one, root)}  {_needs(one)}".rstrip())
+        lines.append(f"{'yes' if one.supported else 'no '}  {_name(one)}  {_needs(one)}".rstrip())
         lines.extend(f"     {problem}" for problem in _told(one))
     return lines
 
@@ -83,7 +88,7 @@ def _summary(checked: Sequence[Checked]) -> str:
     if not checked:
         return "No task files found."
     able = sum(one.supported for one in checked)
-    text = f"{able} of {len(checked)} supported."
+    text = f"{able} of {len(checked)} supported: what this server can do; programs in its desktops are not looked at."
     needs = Counter(need for one in checked for need in one.needs if not need.startswith("asset:"))
     if needs:
         text += f" Needs: {', '.join(f'{need} {count}' for need, count in needs.most_common())}."
@@ -95,21 +100,8 @@ def _summary(checked: Sequence[Checked]) -> str:
     return text
 
 
-def _common(paths: Sequence[Path]) -> str:
-    parents = {str(path.parent) for path in paths}
-    try:
-        return os.path.commonpath(parents)
-    except ValueError:
-        return ""
-
-
-def _name(one: Checked, root: str) -> str:
-    return _shown(os.path.relpath(one.path, root) if root else str(one.path))
-
-
-def _short(name: str) -> str:
-    """The name without what tells nothing: the end of a UUID, and what all files have."""
-    return UUID.sub(r"\1…", name.removesuffix(".json"))
+def _name(one: Checked) -> str:
+    return shlex.quote(_shown(str(one.path)))
 
 
 def _shown(text: str) -> str:
