@@ -235,7 +235,9 @@ def load(environ: Mapping[str, str] | None = None, env_file: Path | None = Path(
             source_name = origins.get(VARIABLES.get(name, ""), "settings")
             complaints.append(f"{name}={item['input']!s:.80} ({source_name}): {_plain(item['msg'])}")
     if complaints:
-        raise SettingsError(f"{len(complaints)} setting(s) cannot be used: " + "; ".join(complaints) + ".")
+        told = "; ".join(complaints)
+        end = "" if told.endswith("?") else "."
+        raise SettingsError(f"{len(complaints)} setting{'s' * (len(complaints) > 1)} cannot be used: {told}{end}")
     return settings
 
 

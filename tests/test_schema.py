@@ -207,6 +207,12 @@ def test_what_is_wrong_is_named_by_its_field(raw: dict[str, Any], field: str) ->
     assert caught.value.detail.startswith("The task cannot be used: ")
 
 
+def test_a_question_ends_with_its_own_mark() -> None:
+    result = {"type": "vm_command_line", "command": "ls"}
+    with pytest.raises(TaskInvalid, match=r"did you mean exact_match\?$"):
+        parse({"id": "a", "evaluator": {"func": "exact_mach", "result": result}}, NOTHING)
+
+
 @pytest.mark.parametrize(
     ("raw", "field", "setting"),
     [

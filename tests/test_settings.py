@@ -99,9 +99,15 @@ def test_what_cannot_be_used_stops_the_start(name: str, value: str, says: str, t
     assert str(file) in refused({}, file) or name == "ENVD_MIN_PIXELS"
 
 
+def test_a_question_ends_with_its_own_mark() -> None:
+    complaint = refused({"ENVD_PROT": "1"})
+    assert complaint.startswith("1 setting cannot be used: ")
+    assert complaint.endswith("did you mean ENVD_PORT?")
+
+
 def test_all_that_is_wrong_is_said_at_once() -> None:
     complaint = refused({"ENVD_PORT": "x", "ENVD_ENVS": "y", "ENVD_FOO": "z"})
-    assert complaint.startswith("3 setting(s) cannot be used: ")
+    assert complaint.startswith("3 settings cannot be used: ")
     assert all(name in complaint for name in ("ENVD_PORT=x", "ENVD_ENVS=y", "ENVD_FOO"))
 
 

@@ -88,9 +88,10 @@ def parse(raw: Mapping[str, Any], abilities: Abilities) -> Task:
     summary = "; ".join(f"{error['field']}: {error['message']}" for error in errors[:ERRORS_TOLD])
     if len(errors) > ERRORS_TOLD:
         summary += f"; and {len(errors) - ERRORS_TOLD} more"
+    summary += "" if summary.endswith("?") else "."
     if found.task is None:
-        raise TaskInvalid(f"The task cannot be used: {summary}.", errors=errors)
-    raise MissingRequirement(f"The task cannot be run on this server: {summary}.", errors=errors)
+        raise TaskInvalid(f"The task cannot be used: {summary}", errors=errors)
+    raise MissingRequirement(f"The task cannot be run on this server: {summary}", errors=errors)
 
 
 def examine(raw: Mapping[str, Any], abilities: Abilities) -> Examination:
