@@ -43,7 +43,7 @@ DOCUMENT = 64 * 1024**2
 
 
 class CannotRescore(Exception):
-    """Why, and what to do about it."""
+    """Why, and what to do about it; "it" is the bundle, as whoever gave it knows it."""
 
 
 @dataclass(frozen=True)
@@ -138,18 +138,18 @@ def _kept_values(saved: Saved) -> tuple[MetricRecord, ...]:
     """The metrics that were evaluated, by index. Raises CannotRescore when there are none."""
     if saved.report is None:
         why = f" It ended {saved.verdict.status}: {saved.verdict.detail}" if saved.verdict else ""
-        raise CannotRescore(f"{saved.folder} has no evaluation.json: no getter's value was saved.{why}")
+        raise CannotRescore(f"it has no evaluation.json: no getter's value was saved.{why}")
     try:
         report = GradeReport.model_validate(saved.report)
     except ValidationError as error:
-        raise CannotRescore(f"evaluation.json in {saved.folder} cannot be used: {error}") from error
+        raise CannotRescore(f"its evaluation.json cannot be used: {error}") from error
     records = report.metrics
     if not records or [record.index for record in records] != list(range(len(records))):
-        raise CannotRescore(f"evaluation.json in {saved.folder} has no getter's value.")
+        raise CannotRescore("its evaluation.json has no getter's value.")
     for record in records:
         if "result" not in record.model_fields_set and not _was_absent(record):
             told = f" ({report.failure.message})" if report.failure else ""
-            raise CannotRescore(f"Metric {record.index} ({record.func}) has no saved result{told}.")
+            raise CannotRescore(f"metric {record.index} ({record.func}) has no saved result{told}.")
     return records
 
 
@@ -163,7 +163,7 @@ def _check(values: Mapping[str, Any], judged: Sequence[int], saved: Saved, there
     """Raise CannotRescore for a value that was not kept as such, and for a file that is not `there`."""
     for place, index in enumerate(judged):
         for side, value in values.get(str(place), {}).items():
-            where = f"The {side} of metric {index} ({saved.evaluator.metrics[index].func})"
+            where = f"the {side} of metric {index} ({saved.evaluator.metrics[index].func})"
             for tag, told in _tagged(value):
                 if tag == "$repr":
                     raise CannotRescore(f"{where} was a value that cannot be saved; all that is known: {told!s:.300}")
@@ -208,14 +208,14 @@ def read(bundle: Path, scratch: Path, limit: int) -> Saved:
     if bundle.is_file():
         bundle = unpack(bundle, scratch / "bundle", limit)
     elif not bundle.is_dir():
-        raise CannotRescore(f"There is no {bundle}. Give a bundle's folder, or the archive as it was downloaded.")
+        raise CannotRescore("it is not there. Give a bundle's folder, or the archive as it was downloaded.")
     facts, task = _json(bundle, "episode.json"), _json(bundle, "task.json")
     if task is None or facts is None:
         missing = "task.json" if task is None else "episode.json"
-        raise CannotRescore(f"{bundle} has no {missing}, so it is no bundle, or one without what a score rests on.")
+        raise CannotRescore(f"it has no {missing}, so it is no bundle, or one without what a score rests on.")
     examined = examine(task, Abilities())
     if examined.task is None or examined.task.evaluator is None:
-        raise CannotRescore(f"The task in {bundle} has no evaluator that could be run.")
+        raise CannotRescore("its task has no evaluator that could be run.")
     return Saved(
         folder=bundle,
         evaluator=examined.task.evaluator,
@@ -235,19 +235,21 @@ def unpack(archive: Path, folder: Path, limit: int) -> Path:
                 name = PurePosixPath(member.name)
                 total += member.size
                 if count >= MEMBERS or total > limit:
-                    raise CannotRescore(f"{archive} holds more than {limit} bytes or {MEMBERS} files.")
+                    raise CannotRescore(f"it holds more than {limit} bytes or {MEMBERS} files.")
                 if member.isdir():
                     continue
                 if not member.isreg() or name.is_absolute() or ".." in name.parts or len(name.parts) < 2:
-                    raise CannotRescore(f"{archive} is no archive of a bundle: it holds {member.name[:200]!r}.")
+                    raise CannotRescore(f"it is no archive of a bundle: it holds {member.name[:200]!r}.")
                 target = folder.joinpath(*name.parts[1:])
                 target.parent.mkdir(parents=True, exist_ok=True)
                 content = members.extractfile(member)
                 assert content is not None
                 with content, target.open("xb") as file:
                     shutil.copyfileobj(content, file)
-    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
-        raise CannotRescore(f"{archive} cannot be unpacked: {error}") from error
+    except OSError as error:
+        raise CannotRescore(f"it cannot be unpacked: {error.strerror or error}") from error
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        raise CannotRescore(f"it cannot be unpacked: {error}") from error
     return folder
 
 
@@ -257,10 +259,12 @@ def _json(folder: Path, name: str) -> dict[str, Any] | None:
             value = json.loads(file.read(DOCUMENT))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
-        raise CannotRescore(f"{folder / name} cannot be read: {error}") from error
+    except OSError as error:
+        raise CannotRescore(f"its {name} cannot be read: {error.strerror or error}") from error
+    except (ValueError, RecursionError) as error:
+        raise CannotRescore(f"its {name} cannot be read: {error}") from error
     if not isinstance(value, dict):
-        raise CannotRescore(f"{folder / name} is not an object.")
+        raise CannotRescore(f"its {name} is not an object.")
     return value
 
 
@@ -286,7 +290,7 @@ def _verdict(folder: Path) -> Verdict | None:
     except FileNotFoundError:
         return None
     except ValidationError as error:
-        raise CannotRescore(f"{folder / 'verdict.json'} cannot be used: {error}") from error
+        raise CannotRescore(f"its verdict.json cannot be used: {error}") from error
 
 
 @asynccontextmanager
@@ -350,4 +354,4 @@ def _tell_failure(bundle: Path, why: str, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"bundle": str(bundle), "equal": None, "error": why}, indent=1))
     else:
-        typer.echo(f"Cannot be judged again: {why}", err=True)
+        typer.echo(f"{bundle} cannot be judged again: {why}", err=True)

@@ -212,6 +212,17 @@ async def test_what_is_no_bundle_is_said(tmp_path: Path, capsys: pytest.CaptureF
     assert str(bundle) in capsys.readouterr().err
 
 
+async def test_what_is_wrong_in_an_archive_is_told_of_the_archive(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await left_by(tmp_path, MATCH, 1.0)
+    archive = await archived(tmp_path)
+    assert await rescore(archive, without_evaluators(tmp_path)) == CANNOT
+    told = capsys.readouterr().err
+    assert told.startswith(f"{archive} cannot be judged again: it has no evaluation.json")
+    assert "envd-rescore-" not in told
+
+
 async def test_a_bundle_of_a_daemon_that_was_killed_tells_by_its_last_whole_line(tmp_path: Path) -> None:
     bundle = await left_by(tmp_path, INFEASIBLE, 1.0, last="FAIL")
     (bundle / "verdict.json").unlink()
