@@ -175,7 +175,7 @@ async def test_a_step_that_fails_ends_the_set_up_and_says_which_and_why() -> Non
     assert [path for path, _ in guest.calls] == ["/setup/launch", "/setup/open_file"]
     assert failure.detail.startswith("Set-up step 2 (open) failed: ")
     assert "File not found: /x" in failure.detail
-    assert failure.hint
+    assert "not the image that the task was written for" in failure.hint
     facts = failure.facts
     assert (facts["step"], facts["step_type"], facts["cause"]) == (2, "open", "guest_misbehaved")
     assert [record["outcome"] for record in facts["records"]] == ["ok", "ok", "failed"]

@@ -141,6 +141,11 @@ def _advice(failure: EnvdError) -> str:
     """What to do about it."""
     if failure.hint:
         return failure.hint
+    if "refused" in failure.facts and failure.fault is Fault.TASK:
+        return (
+            "Either this step of the task is wrong, or the desktop is not the image that the task was written for: "
+            "the desktop is well, and a program, file or window that the step asks for is not in it."
+        )
     if failure.fault is Fault.TASK:
         return "Look at this step of the task: the desktop it was tried on is well, and does not have what it needs."
     if isinstance(failure, AssetUnavailable):
