@@ -1,5 +1,6 @@
 import asyncio
 import json
+import os
 import tarfile
 import time
 from collections.abc import Awaitable, Callable
@@ -670,17 +671,20 @@ async def test_a_bundle_that_cannot_be_had_leaves_the_folder_as_it_was(
         pytest.param("nowhere/bundle.tar", id="no such folder"),
         pytest.param("file/bundle.tar", id="in a file"),
         pytest.param("x" * 300, id="name too long"),
+        pytest.param("pipe", id="no ordinary file"),
     ],
 )
 async def test_a_disk_that_does_not_take_a_bundle_is_not_taken_for_a_server_that_is_away(
     to: str, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
+    os.mkfifo(tmp_path / "pipe")
     async with serving() as server, Client(server.url) as client:
         server.bundles["e1"] = b"tar"
         with pytest.raises(RequestError, match="cannot be written"):
             await client.bundle("e1", tmp_path / to)
         assert server.count("GET", "/v1/episodes/e1/bundle") == 1
+    assert (tmp_path / "pipe").is_fifo()
 
 
 async def test_leaving_a_download_leaves_nothing_behind(tmp_path: Path) -> None:

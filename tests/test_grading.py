@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import secrets
@@ -514,3 +515,20 @@ async def test_without_bubblewrap_it_still_works_and_leaves_nothing(
         known = await grade(plain, guest.request(number(f"float({SECRET!r} in __import__('os').environ)")))
     assert (report.score, known.score, report.separated) == (1.0, 0.0, False), report
     assert not await running(f"sleep {length}")
+
+
+@pytest.mark.parametrize(
+    ("defaults", "score"),
+    [
+        pytest.param({"cookies": 4}, 1.0, id="done"),
+        pytest.param({"has_migrated_local_network_access": True}, 0.0, id="only what Chrome writes by itself"),
+    ],
+)
+async def test_a_desktop_that_nobody_touched_does_not_delete_its_data(
+    graders: Graders, guest: FakeGuest, defaults: dict[str, Any], score: float
+) -> None:
+    path = "/home/user/.config/google-chrome/Default/Preferences"
+    guest.outputs.append(f"{path}\n")
+    guest.files[path] = json.dumps({"profile": {"default_content_setting_values": defaults}}).encode()
+    metric = Metric("exact_match", {"type": "data_delete_automacally"}, {"type": "rule", "rules": {"expected": "true"}})
+    assert (await grade(graders, guest.request(metric))).score == score

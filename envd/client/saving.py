@@ -31,6 +31,7 @@ class Into:
 
     async def take(self, pieces: AsyncIterable[bytes]) -> None:
         """Make `path` of `pieces`. Raises RequestError when the disk does not take it, and what `pieces` raises."""
+        await self._do(self._refuse_device)
         part = self.path.with_name(f".{self.path.name}.{secrets.token_hex(4)}.part")
         try:
             # No file is open between two writes: there is none to leave open when the caller is cancelled.
@@ -46,6 +47,11 @@ class Into:
         finally:
             with anyio.CancelScope(shield=True), suppress(OSError):
                 await anyio.to_thread.run_sync(partial(part.unlink, missing_ok=True))
+
+    def _refuse_device(self) -> None:
+        """Root would otherwise replace /dev/null by a file."""
+        if self.path.exists() and not self.path.is_file():
+            raise RequestError(f"{self.path} cannot be written: it is no ordinary file.", hint="Name another one.")
 
     async def _do(self, work: Callable[[], None]) -> None:
         try:

@@ -12,6 +12,7 @@ itself and what the evaluators bring. The daemon's side of it is `envd.tasks.gra
     ledger    what became of each such call; whether a getter's value can be trusted
     library   where getters and metrics come from; placeholders for what is not installed
     extras    the few that newer task files name and desktop-env 1.0.2 lacks
+    mended    getters of 1.0.2 that say something else than what is asked
     values    getter values as JSON and back
     frames    JSON messages over a pipe
 """

@@ -7,9 +7,10 @@ light, dark or system).
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
+
+from . import profile
 
 _MODES = {0: "system", 1: "light", 2: "dark"}
 """Chrome's ThemeService::BrowserColorScheme, as its preferences have it."""
@@ -79,11 +80,5 @@ def _mode_of_open_page(env: Any) -> str | None:
 
 
 def _mode_of_preferences(env: Any) -> str:
-    path = env.controller.execute_python_command(
-        "import os; print(os.path.expanduser('~/.config/google-chrome/Default/Preferences'))"
-    )["output"].strip()
-    content = env.controller.get_file(path)
-    if content is None:
-        raise FileNotFoundError(path)
-    theme = json.loads(content).get("browser", {}).get("theme", {})
+    theme = profile.chrome_preferences(env).get("browser", {}).get("theme", {})
     return _MODES.get(theme.get("color_scheme2", theme.get("color_scheme", 0)), "system")

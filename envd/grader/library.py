@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from . import extras
+from . import extras, mended
 from .ledger import Ledger, Missing
 
 PACKAGES = {
@@ -77,7 +77,8 @@ def load(extra_modules: Sequence[str] = ()) -> Library:
 
     library = Library(version=importlib.metadata.version("desktop-env"))
     own = {name: module for name in extra_modules if (module := _from_file(name))}
-    for module in (extras, *own.values(), getters, metrics):  # theirs win over our extras
+    # Theirs win over our extras, and what we mended over theirs.
+    for module in (extras, *own.values(), getters, metrics, mended):
         for name, function in vars(module).items():
             if not callable(function) or isinstance(function, type) or name.startswith("_"):
                 continue
