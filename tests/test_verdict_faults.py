@@ -37,8 +37,8 @@ from envd.tasks.grading import find_interpreter
 
 pytestmark = [
     pytest.mark.asyncio(loop_scope="module"),
-    # In some runs one TCP connection of the hundreds that are cut here is left to the garbage collector. Whose it is (a
-    # sim desktop's port, the files' server or the daemon's client) is not known; TCP is not in `Bed.rest` either.
+    # In some runs one connection that a sim desktop's Chrome had accepted is left to the garbage collector. Seen once
+    # with its owner noted; the filter cannot tell it from others, and TCP is not in `Bed.rest`.
     pytest.mark.filterwarnings(
         r"ignore:Exception ignored in. <(function _SelectorTransport|socket\.socket.*laddr)"
         ":pytest.PytestUnraisableExceptionWarning"
