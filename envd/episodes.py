@@ -81,6 +81,7 @@ class Play:
     outputs   what its set-up kept for the evaluator, by name
     browser   as CDP names it, once the set-up was done; "" if there was none
     proxied   Chrome was given a proxy
+    warnings  of the set-up, and of actions that the desktop did not take
     last_seen the first picture since something was done to the screen, and when (monotonic) it was taken
     replaced  a reset has taken the desktop away
     """
@@ -413,6 +414,14 @@ class Envs:
         end = self._count_step(playing, end)
         if any(result.outcome is not ActionOutcome.SPECIAL for result in results):
             playing.play.last_seen = None
+        lost = [
+            result for result in results if result.returncode is None and result.outcome is not ActionOutcome.SPECIAL
+        ]
+        if lost:
+            words = (
+                f"step {playing.episode.steps}: what became of an action is {lost[0].outcome}: {lost[0].stderr[:300]}"
+            )
+            playing.play.warnings += (words,)
         said = request.prediction if request.prediction is not None else "\n\n".join(request.actions or ())
         try:
             picture = await self._look(guest, results) if end is None or request.include_screenshot else None

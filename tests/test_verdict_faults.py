@@ -218,8 +218,6 @@ EXEMPT: dict[tuple[str, str], tuple[str, str]] = {
 """(route, fault) → what may be, and why."""
 RETRIED = [*calls("whole", "/screenshot", "/file", judging=True), *calls("terminal", "/terminal", judging=True)]
 """Calls that only read: when one fails once, the same call is made again, so that it could not matter."""
-KNOWN = "opening a tab takes a connection to Chrome that broke for a page that did not load"
-NOT_YET = {("Page.navigate", way) for way in ("garbage", "empty", "size")}
 
 
 # -- one case -----------------------------------------------------------------------------------------------------
@@ -421,11 +419,7 @@ async def keep_running(ready: asyncio.Future[Bed], over: asyncio.Event) -> None:
 
 
 def parameters() -> list[Any]:
-    known = [pytest.mark.xfail(strict=True, reason=KNOWN)]
-    return [
-        pytest.param(boundary, way, id=name(boundary, way), marks=known if (boundary.route, way) in NOT_YET else [])
-        for boundary, way in CASES
-    ]
+    return [pytest.param(boundary, way, id=name(boundary, way)) for boundary, way in CASES]
 
 
 def waits(boundary: Boundary, way: str) -> bool:
@@ -483,11 +477,7 @@ async def test_there_is_no_other_boundary(running: Bed, which: str) -> None:
 
 def plain(boundary: Boundary, way: str) -> bool:
     """Whether it can be combined with others: it ends the one task, at once."""
-    return (
-        boundary.task == "whole"
-        and not waits(boundary, way)
-        and not {(boundary.route, way)} & (EXEMPT.keys() | NOT_YET)
-    )
+    return boundary.task == "whole" and not waits(boundary, way) and (boundary.route, way) not in EXEMPT
 
 
 SOME = st.sampled_from([case for case in CASES if plain(*case)])

@@ -194,7 +194,8 @@ class Browser:
                 answer.exception()  # asked for, so that nobody misses it when the command itself could not be sent
         refusal, result = message.get("error"), message.get("result")
         if isinstance(refusal, dict):
-            raise GuestMisbehaved(f"Chrome at {self._url} refused {method}: {str(refusal.get('message'))[:300]}")
+            words = str(refusal.get("message"))[:300]
+            raise GuestMisbehaved(f"Chrome at {self._url} refused {method}: {words}", chrome_said=words)
         if not isinstance(result, dict):
             raise GuestMisbehaved(f"Chrome at {self._url} answered {method} with no result")
         return result

@@ -285,20 +285,24 @@ class _Zygote:
             flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
             return build(python, gradings, theirs.fileno(), modules), os.open(gradings.parent / "grading.log", flags)
 
-        with theirs:
-            command, output = await to_thread.run_sync(prepare)
-            try:
-                process = await asyncio.create_subprocess_exec(
-                    *command,
-                    pass_fds=(theirs.fileno(),),
-                    stdin=asyncio.subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    env=grading_sandbox.environment(),
-                    start_new_session=True,
-                )
-            finally:
-                os.close(output)
+        try:
+            with theirs:
+                command, output = await to_thread.run_sync(prepare)
+                try:
+                    process = await asyncio.create_subprocess_exec(
+                        *command,
+                        pass_fds=(theirs.fileno(),),
+                        stdin=asyncio.subprocess.DEVNULL,
+                        stdout=output,
+                        stderr=output,
+                        env=grading_sandbox.environment(),
+                        start_new_session=True,
+                    )
+                finally:
+                    os.close(output)
+        except BaseException:
+            ours.close()
+            raise
         zygote = cls(process, ours, {})
         try:
             async with asyncio.timeout(START_SECONDS):

@@ -79,7 +79,7 @@ async def new_tab(browser: Browser) -> str:
 
 async def visit(browser: Browser, session: str, url: str, timeout: float) -> str:
     """Go to `url` and wait until it has loaded, wherever it leads. Answers what went wrong, or "": pages fail for
-    reasons of their own. Raises GuestUnreachable when Chrome itself is gone."""
+    reasons of their own. Raises GuestUnreachable when Chrome itself is gone, GuestMisbehaved when it talks nonsense."""
     failure: EnvdError | None = None
     warning = ""
     await browser.send("Page.enable", session_id=session)  # or a page does not tell of its dialogs
@@ -90,10 +90,11 @@ async def visit(browser: Browser, session: str, url: str, timeout: float) -> str
                 warning = await _go(browser, session, url)
         except TimeoutError:
             warning = f"{url} had not loaded after {timeout:g} s"
-        except GuestMisbehaved as error:
-            warning = f"{url} was not opened: {error.detail}"
         except EnvdError as error:
-            failure = error
+            if "chrome_said" in error.facts:
+                warning = f"{url} was not opened: {error.detail}"
+            else:
+                failure = error
         tasks.cancel_scope.cancel()
     if failure is not None:
         raise failure
