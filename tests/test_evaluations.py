@@ -6,6 +6,7 @@ import asyncio
 import io
 import os
 import signal
+import sys
 import tarfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,7 +22,7 @@ from test_grading import descendants
 
 from envd.drivers.sim import Behaviour, Desktop
 from envd.drivers.sim.behaviour import FOREVER, Fault
-from envd.errors import Draining
+from envd.errors import Draining, SettingsError
 from envd.settings import load
 from envd.tasks.grading import find_interpreter
 
@@ -123,6 +124,17 @@ async def test_the_tasks_own_evaluator_scores(
     assert verdict["provenance"]["evaluator_version"].startswith("desktop-env")
 
 
+@asynccontextmanager
+async def without_evaluators(tmp_path: Path) -> AsyncIterator[Served]:
+    """A daemon whose evaluators are gone since it was started: it would not start without those it is told to use."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\n")
+    python.chmod(0o700)
+    async with serving(evaluators=python) as served:
+        python.unlink()
+        yield served
+
+
 @pytest.mark.parametrize(
     ("evaluator", "said", "score"),
     [
@@ -135,7 +147,7 @@ async def test_the_tasks_own_evaluator_scores(
 async def test_giving_up_is_judged_without_the_desktop(
     tmp_path: Path, evaluator: Task, said: str, score: float
 ) -> None:
-    async with serving(evaluators=tmp_path / "none") as served:
+    async with without_evaluators(tmp_path) as served:
         desktop = await plays(served, evaluator, out=b"done")
         await served.post("/v1/envs/0/step", {"prediction": said})
         verdict = await served.evaluate()
@@ -150,11 +162,27 @@ async def test_a_task_without_an_evaluator_has_no_number() -> None:
 
 
 async def test_without_evaluators_the_verdict_says_how_to_get_them(tmp_path: Path) -> None:
-    async with serving(evaluators=tmp_path / "none") as served:
+    async with without_evaluators(tmp_path) as served:
         await plays(served, command())
         verdict = await served.evaluate()
         assert no_number(verdict) == ("not_evaluable", "not_evaluable", "task")
         assert "make evaluators" in verdict["hint"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "words"),
+    [
+        pytest.param("evaluators", "/nonexistent/python", "ENVD_EVALUATORS.* is no program", id="no interpreter"),
+        pytest.param("evaluators", sys.executable, "without desktop-env", id="an interpreter without evaluators"),
+        pytest.param("google_account", "/etc/hostname", "ENVD_GOOGLE_ACCOUNT.*cannot be used", id="no JSON"),
+        pytest.param("proxy_file", "/nonexistent", "ENVD_PROXY_FILE.*cannot be used", id="no file"),
+    ],
+)
+async def test_what_is_set_and_cannot_be_used_stops_the_start(setting: str, value: str, words: str) -> None:
+    chosen: dict[str, Any] = {setting: Path(value)}
+    with pytest.raises(SettingsError, match=words):
+        async with serving(**chosen):
+            pass
 
 
 # -- once ---------------------------------------------------------------------------------------------------------
