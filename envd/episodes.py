@@ -38,7 +38,7 @@ from .errors import (
     UnknownEnv,
 )
 from .events import EventLog
-from .guest import Cdp, Guest
+from .guest import Guest
 from .models import (
     ActionOutcome,
     ActionResult,
@@ -68,8 +68,6 @@ T = TypeVar("T")
 
 INSTRUCTION_KEPT = 2000
 """Characters of the instruction that an env is shown with. The model is shown all of it."""
-
-
 PICTURE_ENDS = (b"IEND\xaeB`\x82", b"\xff\xd9")
 """With what a whole PNG and a whole JPEG end."""
 
@@ -104,7 +102,6 @@ class Judged:
     episode: Episode
     desktop: Desktop
     guest: Guest
-    cdp: Cdp
     envs: Envs
 
     async def while_alive(self, work: Callable[[], Awaitable[T]]) -> T:
@@ -227,7 +224,7 @@ class Envs:
             guest, desktop_id = self._guest(slot)
             desktop = self._fleet.get(desktop_id)
             assert desktop is not None
-            yield Judged(slot.episode, desktop, guest, self._fleet.cdp(desktop), self)
+            yield Judged(slot.episode, desktop, guest, self)
 
     def context(self, desktop: Desktop, record: Callable[[SetupRecord], None]) -> Context:
         """What steps of a set-up or a post-configuration need to run on `desktop`."""
@@ -306,13 +303,16 @@ class Envs:
             picture, settled, size = await self._while_alive(desktop.id, prepare)
         finally:
             await bundle.setup(records)
-        # It may have died after its last answer and before this line, when nothing tied it to the env yet.
-        now = self._fleet.get(desktop.id)
-        if now is None or now.state is not DesktopState.IN_USE:
-            raise _lost(desktop.id)
         warnings += warnings_of(records, "config")
         if not settled.still:
             warnings.append(f"the screen was still changing when it was first looked at, after {settled.seconds:.1f} s")
+        await bundle.frame(0, picture)
+        await bundle.about({"warnings": warnings, "settled": settled.model_dump(mode="json")})
+        # It may have died after its last answer and before this line, when nothing tied it to the env yet. From here
+        # on nothing is awaited until it is.
+        now = self._fleet.get(desktop.id)
+        if now is None or now.state is not DesktopState.IN_USE:
+            raise _lost(desktop.id)
         counts = reset.counts or self._settings.counts
         timeout = reset.episode_timeout_s or self._settings.episode_timeout
         began_at = time.time()
@@ -329,8 +329,6 @@ class Envs:
             screen=size,
             reset_path=job.reset_path or ResetPath.COLD,
         )
-        await bundle.frame(0, picture)
-        await bundle.about({"warnings": warnings, "settled": settled.model_dump(mode="json")})
         pixels = {"min_pixels": self._settings.min_pixels, "max_pixels": self._settings.max_pixels}
         slot.dialogue = Dialogue(task.instruction, template=self._template, **pixels)
         slot.dialogue.saw(picture)

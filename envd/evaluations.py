@@ -202,7 +202,7 @@ class Evaluations:
             gave_up = judged.episode.end_reason is EndReason.FAIL
             if evaluator.infeasible or gave_up:
                 # The desktop has no say in it, so its post-configuration, which could only fail, is not run.
-                await self._last_look(judged, play, findings)
+                await judged.while_alive(lambda: self._last_look(judged, play, findings))
                 findings.detail = (
                     f"By the rule for giving up: the task is {'in' if evaluator.infeasible else ''}feasible, "
                     f"and the model {'gave up' if gave_up else 'did not give up'}."
@@ -242,7 +242,7 @@ class Evaluations:
 
     async def _last_look(self, judged: Judged, play: Play, findings: _Findings) -> None:
         before = None if findings.postconfig else play.last_seen
-        picture, settled, _ = await judged.while_alive(lambda: self._envs.at_rest(judged.guest, before=before))
+        picture, settled, _ = await self._envs.at_rest(judged.guest, before=before)
         findings.settled, findings.seconds["settle"] = settled, settled.seconds
         if not settled.still:
             findings.warnings.append(f"the screen was still changing after {settled.seconds:.1f} s")

@@ -212,7 +212,7 @@ async def open_service(settings: Settings, daemon_id: str, driver: Driver | None
         assets = Assets(settings, session)
         await assets.load()
         async with (
-            Evaluators.open(settings, assets, session) as evaluators,
+            Evaluators.open(settings, assets) as evaluators,
             driver or make_driver(settings, daemon_id) as opened,
         ):
             yield Service(settings, opened, store, EventLog(store), session, assets, bundles, evaluators, daemon_id)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
-from bench_figures import Figures, descendants, in_ms, median_ms, percentile, rss_mb, seconds
-from daemon_process import DaemonProcess
+from bench_figures import Figures, in_ms, median_ms, percentile, rss_mb, seconds
+from daemon_process import DaemonProcess, descendants
 
 from envd import Client
 from envd.models import Verdict

@@ -19,7 +19,7 @@ import aiohttp
 import anyio
 import pytest
 import requests
-from daemon_process import daemon
+from daemon_process import daemon, descendants
 from PIL import Image
 
 from envd import Client
@@ -35,22 +35,6 @@ def is_chromium_window(picture: bytes) -> bool:
     with Image.open(io.BytesIO(picture)) as image:
         rgb = image.convert("RGB")
         return rgb.size == (1920, 1080) and rgb.getpixel((960, 700)) == (255, 255, 255) != rgb.getpixel((960, 20))
-
-
-def descendants(pid: int) -> list[int]:
-    children: dict[int, list[int]] = {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdecimal():
-            try:
-                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
-            except OSError:
-                continue
-            children.setdefault(parent, []).append(int(entry.name))
-    found, todo = [], [pid]
-    while todo:
-        todo += (mine := children.get(todo.pop(), []))
-        found += mine
-    return found
 
 
 def named(pids: list[int], name: str) -> list[int]:

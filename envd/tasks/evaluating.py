@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-import aiohttp
 import anyio
 import structlog
 from anyio.to_thread import run_sync
@@ -64,21 +63,15 @@ class Grade:
 class Evaluators:
     """Evaluators that are ready, or can be made so."""
 
-    def __init__(
-        self, settings: Settings, graders: Graders, assets: Assets, session: aiohttp.ClientSession, *, ocr: bool
-    ) -> None:
-        self.settings = settings
+    def __init__(self, graders: Graders, assets: Assets, *, ocr: bool) -> None:
         self.graders = graders
         self.assets = assets
-        self.session = session
         self.ocr = ocr
         """Whether text in pictures can be read."""
 
     @classmethod
     @asynccontextmanager
-    async def open(
-        cls, settings: Settings, assets: Assets, session: aiohttp.ClientSession
-    ) -> AsyncIterator[Evaluators]:
+    async def open(cls, settings: Settings, assets: Assets) -> AsyncIterator[Evaluators]:
         async with Graders.open(settings) as graders:
             # What a daemon that was killed had not finished.
             await run_sync(_clear, graders.directory)
@@ -88,7 +81,7 @@ class Evaluators:
             elif python is None:
                 logger.warning("no evaluators: episodes can be played but not judged", hint="Run: make evaluators.")
             ocr = python is not None and await run_sync(has_ocr, python)
-            yield cls(settings, graders, assets, session, ocr=ocr)
+            yield cls(graders, assets, ocr=ocr)
 
     async def warm(self) -> None:
         """Have the evaluators imported, if there are any; whoever needs them is told when there are none."""

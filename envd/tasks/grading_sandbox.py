@@ -12,6 +12,8 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from ..bubblewrap import proc_and_dev, system
+
 GRADER = Path(__file__).resolve().parents[1] / "grader"
 GRADINGS = "/gradings"
 PLACE = "/grading"
@@ -22,9 +24,6 @@ _ETC = (
     *("os-release", "resolv.conf", "ssl/certs", "ssl/openssl.cnf", "ca-certificates", "timezone", "netpbm"),
 )
 """Of /etc, what the evaluators' libraries read and holds no secrets."""
-
-_HOLES_OF_PROC = ("sys", "sysrq-trigger", "irq", "bus", "fs", "acpi", "scsi")
-"""Files that the host's root may write although he has no capability left; bubblewrap 0.8.0 leaves some open."""
 
 _NAMESPACES = (
     *("--unshare-user", "--uid", "1000", "--gid", "1000", "--unshare-pid", "--unshare-ipc"),
@@ -55,7 +54,7 @@ def works() -> bool:
 def sandboxed(python: Path, gradings: Path, control: int, modules: Sequence[Path]) -> list[str]:
     """The command line of an evaluator process that sees nothing else. Blocks."""
     inside = [f"/opt/modules/{number}.py" for number in range(len(modules))]
-    view = [*_system(), *_proc_and_dev(), *_etc(), *_python(python)]
+    view = [*system(), "--perms", "1777", "--tmpfs", "/tmp", *proc_and_dev(), *_etc(), *_python(python)]
     for module, name in zip(modules, inside, strict=True):
         view += ["--ro-bind", str(module), name]
     return [
@@ -69,25 +68,6 @@ def sandboxed(python: Path, gradings: Path, control: int, modules: Sequence[Path
 def plain(python: Path, gradings: Path, control: int, modules: Sequence[Path]) -> list[str]:
     """The same without bubblewrap."""
     return [str(python), "-I", "-B", str(GRADER / "__main__.py"), str(control), str(gradings), "", *map(str, modules)]
-
-
-def _system() -> Iterator[str]:
-    yield from ("--ro-bind", "/usr", "/usr")
-    for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
-        path = Path("/", name)
-        if path.is_symlink():
-            yield from ("--symlink", os.readlink(path), str(path))
-        elif path.exists():
-            yield from ("--ro-bind", str(path), str(path))
-    yield from ("--ro-bind-try", "/var/cache/fontconfig", "/var/cache/fontconfig")
-    yield from ("--perms", "1777", "--tmpfs", "/var/tmp", "--perms", "1777", "--tmpfs", "/tmp")
-
-
-def _proc_and_dev() -> Iterator[str]:
-    yield from ("--proc", "/proc", "--dev", "/dev")
-    for name in _HOLES_OF_PROC:
-        if Path("/proc", name).exists():
-            yield from ("--ro-bind", f"/proc/{name}", f"/proc/{name}")
 
 
 def _etc() -> Iterator[str]:

@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ...bubblewrap import proc_and_dev, system
 from ...errors import MissingDependency
 from . import branding
 
@@ -64,11 +65,6 @@ _ETC = (
 # fmt: on
 """Of /etc, what programs need and holds no secrets. A copy, since forty mounts more take 10 ms of each reset. Users,
 hosts and the machine's id are made up."""
-
-_HOLES_OF_PROC = ("sys", "sysrq-trigger", "irq", "bus", "fs", "acpi", "scsi")
-"""Files that the host's root may write although he has no capability left. bubblewrap covers some of them, but takes
-/proc/sys for unwritable (the directory is, its files are not); seen with 0.8.0: without this a desktop of a daemon that
-runs as root can set the host's kernel.core_pattern."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,7 +229,7 @@ def remove(desktop: Path) -> None:
 def view_of_host(root: Path, *, hide: Path) -> list[str]:
     """bubblewrap's arguments for what every desktop sees of the host. `hide` is covered wherever it would be seen.
     Blocks."""
-    return [*_system(), *_proc_and_dev(), *_etc(root), *_chrome(), *_programs(root), *_python(), *_covered(hide)]
+    return [*system(), *proc_and_dev(), *_etc(root), *_chrome(), *_programs(root), *_python(), *_covered(hide)]
 
 
 def bubblewrap(view: list[str], desktop: Path, *, status: int) -> list[str]:
@@ -249,25 +245,6 @@ def bubblewrap(view: list[str], desktop: Path, *, status: int) -> list[str]:
         *view,
         *("--remount-ro", "/", "--chdir", INSIDE.home, "--"),
     ]
-
-
-def _system() -> Iterator[str]:
-    yield from ("--ro-bind", "/usr", "/usr")
-    for name in ("bin", "sbin", "lib", "lib32", "lib64", "libx32"):
-        path = Path("/", name)
-        if path.is_symlink():
-            yield from ("--symlink", os.readlink(path), str(path))
-        elif path.exists():
-            yield from ("--ro-bind", str(path), str(path))
-    yield from ("--ro-bind-try", "/var/cache/fontconfig", "/var/cache/fontconfig")
-    yield from ("--perms", "1777", "--tmpfs", "/var/tmp")
-
-
-def _proc_and_dev() -> Iterator[str]:
-    yield from ("--proc", "/proc", "--dev", "/dev")
-    for name in _HOLES_OF_PROC:
-        if Path("/proc", name).exists():
-            yield from ("--ro-bind", f"/proc/{name}", f"/proc/{name}")
 
 
 def _etc(root: Path) -> Iterator[str]:
