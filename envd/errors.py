@@ -8,8 +8,9 @@
     ├── CapacityError         nobody can be served just now               fault: capacity
     │   └── QueueFull, Draining, StillBooting, JobExpired, TooManyWatchers
     ├── InfraError            a machine or a library failed               fault: infra
-    │   └── BootFailed, BootTimeout, InstanceDied, DesktopLost, GuestUnreachable, GuestMisbehaved, ServerUnreachable,
-    │       AssetUnavailable, EvaluatorError, EvaluationExpired, InternalError
+    │   ├── BootFailed, BootTimeout, InstanceDied, DesktopLost, GuestUnreachable, GuestMisbehaved, ServerUnreachable,
+    │   │   AssetUnavailable, EvaluatorError, EvaluationExpired, InternalError
+    │   └── (of BootFailed) DockerUnavailable, ImageMissing, DiskUnusable, PortConflict, NoSpace, OutOfMemory
     └── TaskError             the task file cannot be run as it is        fault: task
         └── TaskInvalid, MissingRequirement, SetupFailed, EvaluationInvalid, NotEvaluable
 
@@ -274,6 +275,48 @@ class BootTimeout(BootFailed):
 class InstanceDied(BootFailed):
     code = "instance_died"
     title = "The desktop's instance died while it booted"
+
+
+class DockerUnavailable(BootFailed):
+    """Facts: cause, one of not_installed, not_running, no_permission, no_answer."""
+
+    code = "docker_unavailable"
+    title = "The Docker engine cannot be used"
+
+
+class ImageMissing(BootFailed):
+    """Facts: image."""
+
+    code = "image_missing"
+    title = "The image is not on this host"
+    retryable = False
+
+
+class DiskUnusable(BootFailed):
+    """Facts: disk (its path), cause, one of absent, unreadable, truncated, not_a_disk, damaged."""
+
+    code = "disk_unusable"
+    title = "The virtual machine's disk cannot be used"
+    retryable = False
+
+
+class PortConflict(BootFailed):
+    code = "port_conflict"
+    title = "A port that the desktop needs is taken"
+
+
+class NoSpace(BootFailed):
+    """Facts: needed_bytes, free_bytes, where."""
+
+    code = "no_space"
+    title = "There is too little disk space for a desktop"
+
+
+class OutOfMemory(InstanceDied):
+    """Facts: exit_code, limit_bytes (None where it was the whole host's)."""
+
+    code = "out_of_memory"
+    title = "The desktop's instance ran out of memory"
 
 
 class DesktopLost(InfraError):

@@ -62,7 +62,8 @@ class ProbeResult(StrEnum):
 
 
 class Phase(Model):
-    """One stretch of a job: `queue`, `create`, `probe`, `set_up`, `observe`. `seconds` is None while it lasts."""
+    """One stretch of a job: `queue`, `admit`, `create`, `probe`, `set_up`, `observe`, and between `create` and `probe`
+    what the driver tells of (`template`, `firmware`, `kernel`, `display`, …). `seconds` is None while it lasts."""
 
     name: str
     started_at: float
@@ -327,11 +328,17 @@ class ActionOutcome(StrEnum):
     SPECIAL = "special"  # DONE, WAIT, FAIL: nothing ran in the guest
 
 
+Way = Literal["guest", "host"]
+"""guest: by the server inside the desktop. host: from outside, at the machine's own screen, keyboard and pointer."""
+
+
 class ActionResult(Model):
     """What became of one program. `stdout` and `stderr` are cut to 4,000 characters."""
 
     action: str
     outcome: ActionOutcome
+    via: Way | None = None
+    """None when nothing was done (DONE, WAIT, FAIL)."""
     returncode: int | None = None
     stdout: str = ""
     stderr: str = ""
@@ -351,6 +358,7 @@ class StepResult(Model):
     problem: str = ""
     """Why the prediction did not parse."""
     seconds: dict[str, float] = {}
+    screenshot_via: Way | None = None
     screenshot: str | None = None
     """base64 of a PNG; None when `include_screenshot` was false."""
 

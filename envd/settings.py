@@ -28,7 +28,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from .errors import SettingsError
 from .models import Counts
 
-KNOWN_PROVIDERS = ("aws", "docker", "local", "sim")
+KNOWN_PROVIDERS = ("aws", "docker", "local", "qemu", "sim")
 
 
 def default_state_dir(environ: Mapping[str, str]) -> Path:
@@ -43,6 +43,15 @@ def _screen(value: Any) -> Any:
         if match is None:
             raise ValueError("give it as WIDTHxHEIGHT, for example 1920x1080")
         return int(match[1]), int(match[2])
+    return value
+
+
+def _bytes(value: Any) -> Any:
+    if isinstance(value, str):
+        match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?", value.strip().lower())
+        if match is None:
+            raise ValueError("give it as a number of bytes, or with K, M, G or T behind it, for example 4G")
+        return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
     return value
 
 
@@ -62,7 +71,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid", populate_by_name=True, use_attribute_docstrings=True)
 
     provider: str = Field(default="docker", validation_alias=AliasChoices("PROVIDER", "provider"))
-    """Who makes the desktops: local or sim in this version; docker and aws are to come."""
+    """Who makes the desktops: docker, local, qemu or sim in this version; aws is to come."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = Field(default=15001, ge=0, le=65535)
@@ -151,6 +160,40 @@ class Settings(BaseSettings):
     """Largest request body, in bytes."""
     drain_seconds: float = Field(default=1.0, ge=0, le=60)
     """At shutdown, how long running steps may take to finish."""
+    docker_host: str = Field(
+        default="unix:///var/run/docker.sock", validation_alias=AliasChoices("DOCKER_HOST", "docker_host")
+    )
+    """The Docker engine's socket, on this host."""
+    docker_image: str = "happysixd/osworld-docker"
+    """What docker desktops are made of: any image that keeps OSWorld's ports; envd/desktop and envd/qemu are ours."""
+    pull: Literal["never", "missing"] = "never"
+    """missing: an image that is not on this host is pulled when the daemon starts. Never inside a reset."""
+    vm_disk: UserPath | None = None
+    """Disk of the virtual machines (.qcow2), opened read-only. Unset: the one of `make images`, for our own image."""
+    ram_size: Annotated[int, BeforeValidator(_bytes)] = Field(
+        default=4 * 1024**3, validation_alias=AliasChoices("RAM_SIZE", "ram_size")
+    )
+    """Memory of one desktop."""
+    disk_size: Annotated[int, BeforeValidator(_bytes)] = Field(
+        default=32 * 1024**3, validation_alias=AliasChoices("DISK_SIZE", "disk_size")
+    )
+    """Size to which a virtual machine's disk may grow."""
+    cpu_cores: int = Field(default=4, ge=1, le=64, validation_alias=AliasChoices("CPU_CORES", "cpu_cores"))
+    """Processors of one desktop; of our own virtual machines not more than this host has."""
+    templates: Literal["auto", "off"] = "auto"
+    """auto: a virtual machine is booted once and cloned ever after."""
+    template_dir: UserPath | None = None
+    """Where templates are kept; memory-backed, or clones are slow. Unset: a folder of this user's in /dev/shm."""
+    template_limit: Annotated[int, BeforeValidator(_bytes), Field(ge=256 * 1024**2)] = 16 * 1024**3
+    """Bytes that all templates may take together."""
+    clone_width: int | None = Field(default=None, ge=1, le=64)
+    """Clones that may come up at once. Unset: from this host's cores and free memory."""
+    host_io: Literal["auto", "off"] = "auto"
+    """auto: clicks, keys and pictures of a virtual machine go past its guest, where that was seen to work."""
+    pause_idle: bool = False
+    """Stop virtual machines between steps."""
+    spares: int = Field(default=0, ge=0, le=4096)
+    """Clean desktops kept ready beyond those in use."""
     local_unsandboxed: bool = False
     """Let `local` desktops run without bubblewrap. They can then read your files."""
     sim: str = ""
@@ -184,7 +227,8 @@ class Settings(BaseSettings):
         if value not in KNOWN_PROVIDERS:
             near = difflib.get_close_matches(value, KNOWN_PROVIDERS, n=1)
             raise ValueError(
-                f"no such provider{f', did you mean {near[0]}' if near else ''}; this version has local and sim"
+                f"no such provider{f', did you mean {near[0]}' if near else ''}; "
+                "this version has docker, local, qemu and sim"
             )
         return value
 

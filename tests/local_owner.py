@@ -11,7 +11,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from envd.drivers.base import InstanceSpec
+from envd.drivers.base import InstanceSpec, Report
 from envd.drivers.local import LocalDriver
 from envd.settings import Settings
 
@@ -19,8 +19,8 @@ from envd.settings import Settings
 async def main(state_dir: str, unsandboxed: str) -> None:
     settings = Settings(provider="local", state_dir=Path(state_dir), local_unsandboxed=unsandboxed == "True")
     async with LocalDriver(settings, "owner") as driver:
-        endpoints = await driver.create(InstanceSpec("a-1", (800, 600)), lambda words: None)
-        sys.stdout.write(endpoints.guest + "\n")
+        made = await driver.create(InstanceSpec("a-1", (800, 600)), Report())
+        sys.stdout.write(made.endpoints.guest + "\n")
         sys.stdout.flush()
         await asyncio.Event().wait()
 

@@ -37,10 +37,10 @@ from agent_desktop import (
 from aiohttp import web
 from PIL import Image
 
-from envd.agent import png
+from envd import png
 from envd.agent.input import is_input_program
 from envd.agent.limits import Limits
-from envd.agent.png import ScreenEncoder
+from envd.png import ScreenEncoder
 
 pytestmark = [
     pytest.mark.local,

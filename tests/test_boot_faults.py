@@ -14,9 +14,9 @@ from serving import eventually
 from test_queue import FOR_EVER, ended, in_state, removals, reset, task
 
 from envd.boot import fleet as fleet_module
-from envd.drivers.base import Death, InstanceSpec, Report, Traits
+from envd.drivers.base import Death, InstanceSpec, Made, Report, Traits
 from envd.drivers.sim import Behaviour, SimDriver, boots_in_flight_max
-from envd.models import DesktopState, Endpoints, EnvState, Job, JobState
+from envd.models import DesktopState, EnvState, Job, JobState
 from envd.service import Service, open_service
 from envd.settings import Settings
 
@@ -94,7 +94,7 @@ async def test_whatever_create_raises_is_a_failed_boot_that_holds_the_slot_until
     tmp_path: Path, odd: Odd, slow_removal: int
 ) -> None:
     class Broken(SimDriver):
-        async def create(self, spec: InstanceSpec, report: Report) -> Endpoints:
+        async def create(self, spec: InstanceSpec, report: Report) -> Made:
             made = await super().create(spec, report)
             if len(self.journal) == 2:
                 raise odd()
@@ -224,7 +224,7 @@ async def test_what_an_earlier_life_left_is_removed_however_often_that_fails_and
 ) -> None:
     monkeypatch.setattr(fleet_module, "REMOVE_TRY", 0.1)
     driver = SimDriver(sim_settings(tmp_path), "test", [Behaviour(destroy_fails=2), SLOW])
-    await driver.create(InstanceSpec("envd-test-left", (320, 240)), lambda words: None)
+    await driver.create(InstanceSpec("envd-test-left", (320, 240)), Report())
     async with running(tmp_path, driver=driver) as (service, _):
         assert (await ended(service, service.queue.submit(0, task("a")))).state is JobState.SUCCEEDED
         await service.fleet.gone("envd-test-left")
@@ -234,7 +234,7 @@ async def test_what_an_earlier_life_left_is_removed_however_often_that_fails_and
 
 async def test_a_create_that_ignores_cancellation_keeps_the_slot_and_leaves_nothing(tmp_path: Path) -> None:
     class Deaf(SimDriver):
-        async def create(self, spec: InstanceSpec, report: Report) -> Endpoints:
+        async def create(self, spec: InstanceSpec, report: Report) -> Made:
             making = asyncio.ensure_future(super().create(spec, report))
             while not making.done():
                 try:

@@ -20,7 +20,7 @@ from PIL import Image
 import envd.drivers.local  # noqa: F401 - here, since an import blocks and drivers are imported when they are chosen
 from envd.boot.probes import Readiness
 from envd.drivers import make_driver
-from envd.drivers.base import Death, Driver, InstanceSpec
+from envd.drivers.base import Death, Driver, InstanceSpec, Report
 from envd.drivers.sim import SimDriver
 from envd.errors import BootFailed, GuestMisbehaved
 from envd.guest import Cdp, Guest
@@ -74,7 +74,7 @@ async def ready(driver: Driver, *names: str) -> AsyncIterator[list[Endpoints]]:
     """Instances that have passed both probes, and are destroyed afterwards."""
     try:
         async with asyncio.timeout(60), aiohttp.ClientSession() as http:
-            made = [await driver.create(spec(name), lambda words: None) for name in names]
+            made = [(await driver.create(spec(name), Report())).endpoints for name in names]
             for endpoints in made:
                 guest, cdp = Guest(http, endpoints.guest), Cdp(http, endpoints.cdp)
                 await Readiness(guest, cdp, SCREEN, interval=0.03, chrome_grace=30, watcher=Silent()).wait()
@@ -188,7 +188,7 @@ async def test_a_destroyed_instance_leaves_no_port_and_no_name(provider: Provide
 @every_driver
 async def test_destroying_twice_at_once_and_again_is_destroying(provider: Provider, tmp_path: Path) -> None:
     async with provider.driver(tmp_path) as driver:
-        await driver.create(spec("a-1"), lambda words: None)
+        await driver.create(spec("a-1"), Report())
         await asyncio.gather(driver.destroy("a-1"), driver.destroy("a-1"))
         await driver.destroy("a-1")
         assert await listed(driver) == set()
@@ -208,8 +208,8 @@ async def test_list_tells_of_ours_and_of_no_other_daemons(provider: Provider, tm
     (tmp_path / "two").mkdir()
     async with provider.driver(tmp_path / "one", "one") as one, provider.driver(tmp_path / "two", "two") as two:
         try:
-            await one.create(spec("a-1"), lambda words: None)
-            await two.create(spec("b-1"), lambda words: None)
+            await one.create(spec("a-1"), Report())
+            await two.create(spec("b-1"), Report())
             await two.destroy("a-1")
             assert (await listed(one), await listed(two)) == ({"a-1"}, {"b-1"})
         finally:
@@ -224,7 +224,7 @@ async def test_a_cancelled_create_leaves_nothing_that_destroy_would_not_remove(
 ) -> None:
     async with provider.driver(tmp_path) as driver:
         with anyio.move_on_after(seconds):
-            await driver.create(spec("a-1"), lambda words: None)
+            await driver.create(spec("a-1"), Report())
         await driver.destroy("a-1")
         assert await listed(driver) == set()
         async with asyncio.timeout(5):
@@ -235,7 +235,7 @@ async def test_a_cancelled_create_leaves_nothing_that_destroy_would_not_remove(
 @pytest.mark.parametrize("seconds", [0, 0.01, 0.05])
 async def test_destroy_during_create_ends_both(provider: Provider, seconds: float, tmp_path: Path) -> None:
     async with provider.driver(tmp_path) as driver:
-        creating = asyncio.create_task(driver.create(spec("a-1"), lambda words: None))
+        creating = asyncio.create_task(driver.create(spec("a-1"), Report()))
         await asyncio.sleep(seconds)
         await driver.destroy("a-1")
         [outcome] = await asyncio.gather(creating, return_exceptions=True)
@@ -247,9 +247,9 @@ async def test_destroy_during_create_ends_both(provider: Provider, seconds: floa
 @every_driver
 async def test_an_id_is_used_once(provider: Provider, tmp_path: Path) -> None:
     async with provider.driver(tmp_path) as driver:
-        await driver.create(spec("a-1"), lambda words: None)
+        await driver.create(spec("a-1"), Report())
         with pytest.raises(BootFailed, match="a-1"):
-            await driver.create(spec("a-1"), lambda words: None)
+            await driver.create(spec("a-1"), Report())
         assert await listed(driver) == {"a-1"}
         await driver.destroy("a-1")
 
@@ -283,7 +283,7 @@ async def test_wait_tells_how_an_instance_died(provider: Provider, tmp_path: Pat
 @every_driver
 async def test_wait_returns_for_what_is_destroyed_or_unknown(provider: Provider, tmp_path: Path) -> None:
     async with provider.driver(tmp_path) as driver, asyncio.timeout(30):
-        await driver.create(spec("a-1"), lambda words: None)
+        await driver.create(spec("a-1"), Report())
         waiting = [asyncio.create_task(driver.wait("a-1")) for _ in range(2)]
         await driver.destroy("a-1")
         for death in (*await asyncio.gather(*waiting), await driver.wait("a-1"), await driver.wait("never-made")):

@@ -17,7 +17,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from envd.drivers.base import InstanceSpec
+from envd.drivers.base import InstanceSpec, Report
 from envd.drivers.local import LocalDriver
 from envd.drivers.local.branding import renamed
 from envd.errors import EnvdError, MissingDependency, StartError
@@ -66,7 +66,8 @@ async def desktops(driver: LocalDriver, *names: str) -> AsyncIterator[list[Deskt
     try:
         async with aiohttp.ClientSession() as http, asyncio.timeout(60):
             made = [
-                Desktop(http, await driver.create(InstanceSpec(name, (800, 600)), lambda words: None)) for name in names
+                Desktop(http, (await driver.create(InstanceSpec(name, (800, 600)), Report())).endpoints)
+                for name in names
             ]
             for desktop in made:
                 await desktop.guest.screenshot()
@@ -387,9 +388,7 @@ async def test_a_host_that_forbids_the_sandbox_is_told_at_start(
 
 async def test_two_desktops_may_boot_at_once(tmp_path: Path) -> None:
     async with local(tmp_path) as driver, aiohttp.ClientSession() as http, asyncio.timeout(60):
-        made = await asyncio.gather(
-            *(driver.create(InstanceSpec(f"a-{n}", (800, 600)), lambda words: None) for n in range(3))
-        )
-        await asyncio.gather(*(Desktop(http, at).guest.screenshot() for at in made))
+        made = await asyncio.gather(*(driver.create(InstanceSpec(f"a-{n}", (800, 600)), Report()) for n in range(3)))
+        await asyncio.gather(*(Desktop(http, one.endpoints).guest.screenshot() for one in made))
         await asyncio.gather(*(driver.destroy(f"a-{n}") for n in range(3)))
         assert await driver.list() == frozenset()

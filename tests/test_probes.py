@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 
 from envd.boot import probes
 from envd.boot.probes import NEEDED, Readiness, judge_picture
-from envd.drivers.base import InstanceSpec
+from envd.drivers.base import InstanceSpec, Report
 from envd.drivers.sim import FOREVER, Behaviour, SimDriver
 from envd.guest import Cdp, Guest
 from envd.models import Probe, ProbeResult
@@ -55,7 +55,7 @@ async def readiness(
     """Probe one sim desktop until `wait_for`, an awaitable of the test's, is done; None waits until it is ready."""
     settings = Settings(provider="sim", state_dir=tmp_path, screen=SCREEN)
     async with SimDriver(settings, "probe", behaviour=behaviour) as driver, aiohttp.ClientSession() as http:
-        ends = await driver.create(InstanceSpec("one", SCREEN), lambda words: None)
+        ends = (await driver.create(InstanceSpec("one", SCREEN), Report())).endpoints
         ready = Readiness(Guest(http, ends.guest), Cdp(http, ends.cdp), SCREEN, 0.005, grace, heard)
         waiting = asyncio.create_task(ready.wait())
         async with asyncio.timeout(20):

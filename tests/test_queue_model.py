@@ -28,7 +28,7 @@ from PIL import Image
 from envd.boot import fleet, queue
 from envd.boot.queue import Reset
 from envd.bundles import Bundles
-from envd.drivers.base import Death, Driver, InstanceSpec, Report, Traits
+from envd.drivers.base import Death, Driver, InstanceSpec, Made, Report, Traits
 from envd.episodes import Envs
 from envd.errors import BootFailed, Draining, InfraError, QueueFull
 from envd.events import EventLog
@@ -110,7 +110,7 @@ class PlannedDriver(Driver):
     name = "planned"
 
     def __init__(self, traits: Traits) -> None:
-        self.traits = traits  # type: ignore[misc]  # of this one instance: each machine has its own
+        self.traits = traits
         self.plans: list[Plan] = []
         self.instances: dict[str, Instance] = {}
         self.begins: Callable[[InstanceSpec], None] = lambda spec: None
@@ -123,7 +123,7 @@ class PlannedDriver(Driver):
     ) -> None:
         return None
 
-    async def create(self, spec: InstanceSpec, report: Report) -> Endpoints:
+    async def create(self, spec: InstanceSpec, report: Report) -> Made:
         self.begins(spec)
         instance = self.instances[spec.id] = Instance(self.plans.pop(0) if self.plans else Plan())
         await asyncio.sleep(instance.plan.create_s)
@@ -131,7 +131,7 @@ class PlannedDriver(Driver):
             raise instance.plan.create_raises("as planned")
         if instance.plan.dies_s is not None:
             asyncio.get_running_loop().call_later(instance.plan.dies_s, instance.dead.set)
-        return Endpoints(guest=spec.id, cdp=spec.id)
+        return Made(Endpoints(guest=spec.id, cdp=spec.id))
 
     async def destroy(self, instance_id: str) -> None:
         if instance := self.instances.get(instance_id):

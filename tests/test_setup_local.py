@@ -16,7 +16,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from PIL import Image
 
-from envd.drivers.base import InstanceSpec
+from envd.drivers.base import InstanceSpec, Report
 from envd.drivers.local import LocalDriver
 from envd.errors import Fault, SetupFailed
 from envd.guest import Cdp, Guest
@@ -44,7 +44,7 @@ async def desktop(tmp_path: Path, **files: bytes) -> AsyncIterator[tuple[Context
         server = TestServer(app)
         try:
             await server.start_server()
-            at = await driver.create(InstanceSpec("a-1", (800, 600)), lambda words: None)
+            at = (await driver.create(InstanceSpec("a-1", (800, 600)), Report())).endpoints
             guest, assets = Guest(http, at.guest), Assets(settings, http)
             await guest.screenshot()
             context = Context(guest, Cdp(http, at.cdp), assets, settings, http, screen=(800, 600))

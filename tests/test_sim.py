@@ -20,7 +20,7 @@ import pytest
 from PIL import Image
 
 from envd.drivers import make_driver
-from envd.drivers.base import InstanceSpec
+from envd.drivers.base import InstanceSpec, Report
 from envd.drivers.sim import (
     BAD,
     FOREVER,
@@ -51,7 +51,7 @@ def sim(behaviour: Behaviour | Sequence[Behaviour] | None = None, **arguments: A
 
 
 async def create(driver: SimDriver, name: str = "d-0", screen: tuple[int, int] = SCREEN) -> Endpoints:
-    return await driver.create(InstanceSpec(name, screen), lambda words: None)
+    return (await driver.create(InstanceSpec(name, screen), Report())).endpoints
 
 
 @asynccontextmanager

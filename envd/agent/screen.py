@@ -17,7 +17,7 @@ from envd.agent.worker import Worker, result_of
 if TYPE_CHECKING:
     from mss import MSS
 
-    from envd.agent.png import ScreenEncoder
+    from envd.png import ScreenEncoder
 
 T = TypeVar("T")
 
@@ -99,7 +99,7 @@ class _Camera:
             self._waiting = None  # from here on the picture is begun, and the next to ask gets the next one
         pixels, (width, height) = self._grab()
         if self._encoder is None:
-            from envd.agent.png import ScreenEncoder
+            from envd.png import ScreenEncoder
 
             self._encoder = ScreenEncoder()
         return self._encoder.encode(pixels, width, height)
@@ -175,6 +175,6 @@ def _load() -> Any:
     import mss
     import Xlib.display
 
-    import envd.agent.png
+    import envd.png
 
-    return mss, Xlib.display, envd.agent.png
+    return mss, Xlib.display, envd.png

@@ -19,7 +19,7 @@ import anyio
 import structlog
 from anyio.abc import TaskGroup
 
-from ..drivers.base import Death, Driver, InstanceSpec
+from ..drivers.base import Death, Driver, InstanceSpec, Made, Report
 from ..errors import BootFailed, BootTimeout, EnvdError, InfraError, InstanceDied
 from ..events import EventLog
 from ..guest import Cdp, Guest
@@ -47,7 +47,7 @@ class BootWatcher(Protocol):
     job_id: str
 
     def phase(self, name: str, desktop_id: str) -> None:
-        """`create`, then `probe`."""
+        """`admit`, `create`, those that the driver tells, then `probe`."""
 
     def probed(self, probe: Probe) -> None: ...
 
@@ -63,6 +63,27 @@ class _Entry:
     lost: anyio.Event = field(default_factory=anyio.Event)
     monitor: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     removing: bool = False
+
+
+class _Report(Report):
+    """What a driver tells of a boot, for whoever watches it; and the readiness of a machine that the driver needs."""
+
+    def __init__(self, fleet: Fleet, watcher: BootWatcher, desktop_id: str) -> None:
+        self._fleet = fleet
+        self._watcher = watcher
+        self._desktop_id = desktop_id
+
+    def progress(self, words: str) -> None:
+        self._watcher.progress(words)
+
+    def phase(self, name: str) -> None:
+        self._watcher.phase(name, self._desktop_id)
+
+    def note(self, words: str) -> None:
+        self._watcher.note(words)
+
+    async def ready(self, endpoints: Endpoints) -> None:
+        await self._fleet._readiness(endpoints, self._watcher).wait()
 
 
 class Fleet:
@@ -135,14 +156,14 @@ class Fleet:
             watcher.phase("create", desktop.id)
             with anyio.fail_after(self._settings.ready_timeout):
                 spec = InstanceSpec(desktop.id, self._settings.screen, watcher.job_id)
-                endpoints = await self._ask(self.driver.create(spec, watcher.progress))
+                made: Made = await self._ask(self.driver.create(spec, _Report(self, watcher, desktop.id)))
                 phases["create"] = round(time.monotonic() - began, 3)
                 watcher.phase("probe", desktop.id)
-                readiness = self._readiness(endpoints, watcher)
+                readiness = self._readiness(made.endpoints, watcher)
                 await self._until_ready(desktop.id, readiness, watcher, began)
             now_ready = {
                 "state": DesktopState.READY,
-                "endpoints": endpoints,
+                "endpoints": made.endpoints,
                 "ready_at": time.time(),
                 "chrome_cdp": True,
             }

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from ..settings import Settings
     from .base import Driver
 
-DRIVERS = {"local": "LocalDriver", "sim": "SimDriver"}
+DRIVERS = {"docker": "DockerDriver", "local": "LocalDriver", "qemu": "QemuDriver", "sim": "SimDriver"}
 
 
 def make_driver(settings: Settings, daemon_id: str) -> Driver:

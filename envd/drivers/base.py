@@ -8,25 +8,79 @@ killed daemon) the instance can be found and removed by that id.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import ClassVar, Self
+from typing import ClassVar, Protocol, Self
 
-from ..models import Endpoints
+from ..actions.gestures import Gesture
+from ..models import Endpoints, ResetPath
 
-Report = Callable[[str], None]
-"""Told in a few words what the driver is doing now; shown as progress. Never blocks, never raises."""
+
+class Report:
+    """Who asked for a boot: told how it goes, and the judge of readiness. This one hears nothing.
+
+    The calls without `async` never block and never raise.
+    """
+
+    def progress(self, words: str) -> None:
+        """What is being done now, in a few words."""
+
+    def phase(self, name: str) -> None:
+        """A stretch of the boot begins and the one before it ends: `template`, `firmware`, `kernel`, …"""
+
+    def note(self, words: str) -> None:
+        """Something that somebody should read later: a fallback and why, a way that was not taken."""
+
+    async def ready(self, endpoints: Endpoints) -> None:
+        """Return once both readiness probes have passed there; for drivers that need a ready guest to go on (a
+        template is one). Never gives up by itself: the caller of `create` holds the deadline."""
 
 
 @dataclass(frozen=True, slots=True)
 class InstanceSpec:
-    """What is asked for. `id` is [a-z0-9-], at most 63 characters, unique for ever. `screen` is (width, height) in
-    pixels."""
+    """What is asked for. `id` is [a-z0-9-], at most 48 characters, unique for ever. `screen` is (width, height) in
+    pixels. `deadline` is when its boot has failed, in Unix seconds."""
 
     id: str
     screen: tuple[int, int]
     job_id: str = ""
+    env: int | None = None
+    deadline: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Made:
+    """An instance that was made.
+
+    path    COLD, or RESTORE when it is a clone of a machine that had passed the readiness probes.
+    frame   of a clone, a PNG of its screen taken from outside the guest after it was resumed. With an answer from the
+            guest's port it stands for the screenshot probe.
+    """
+
+    endpoints: Endpoints
+    path: ResetPath = ResetPath.COLD
+    frame: bytes | None = None
+
+
+class Console(Protocol):
+    """A desktop's screen, keyboard and pointer, worked from outside the guest: as if at the machine itself.
+
+    Works also when nothing in the guest answers. Calls raise InfraError when the machine cannot be reached. May be
+    called concurrently; gestures of two calls do not mix.
+    """
+
+    async def picture(self) -> bytes:
+        """The screen as PNG, pointer included."""
+
+    async def perform(self, gestures: Sequence[Gesture]) -> None:
+        """Do them in order. Raises InfraError with `facts["sent"]`: whether some may have been done."""
+
+    async def pause(self) -> None:
+        """Stop the machine's processors. Idempotent."""
+
+    async def resume(self) -> None:
+        """Let them run. Idempotent."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +96,7 @@ class Traits:
     """What the daemon must know of a provider to plan with it.
 
     boot_width          boots that may be in flight at once. More than 1 only if boots share nothing with this host.
+    restore_width       restores that may be in flight at once, beside the boots.
     make_before_break   whether an env's old desktop may live while its new one boots (else it is destroyed first).
     prewarm             whether a first desktop is booted at start unless ENVD_PREWARM says otherwise: for slow boots.
     probe_interval_s    between two tries of a readiness probe, before backoff.
@@ -49,6 +104,7 @@ class Traits:
     """
 
     boot_width: int = 1
+    restore_width: int = 1
     make_before_break: bool = True
     prewarm: bool = False
     probe_interval_s: float = 0.05
@@ -63,7 +119,7 @@ class Driver(ABC):
     """
 
     name: ClassVar[str]
-    traits: ClassVar[Traits] = Traits()
+    traits: Traits = Traits()
 
     @property
     def image(self) -> str:
@@ -81,12 +137,25 @@ class Driver(ABC):
     ) -> None: ...
 
     @abstractmethod
-    async def create(self, spec: InstanceSpec, report: Report) -> Endpoints:
+    async def create(self, spec: InstanceSpec, report: Report) -> Made:
         """Make the instance and return where its ports will answer, which need not be yet.
 
         Raises BootFailed when the provider refuses or the instance dies before its addresses are known. After a
         failure or a cancellation the caller calls `destroy(spec.id)`.
         """
+
+    def next_path(self) -> ResetPath:
+        """How `create` would make an instance now: RESTORE where there is something to clone, else COLD. A plan and no
+        promise: what it became is `Made.path`."""
+        return ResetPath.COLD
+
+    async def admit(self, report: Report) -> None:  # noqa: B027 - a driver whose desktops are elsewhere admits all
+        """Return once this host has the processors and the memory for one instance more; meanwhile `report.progress`
+        says what is waited for, with numbers."""
+
+    def console(self, instance_id: str) -> Console | None:
+        """The machine's own screen and input, where there is a way to them that was seen to work."""
+        return None
 
     @abstractmethod
     async def destroy(self, instance_id: str) -> None:

@@ -43,7 +43,7 @@ import anyio.abc
 from ...errors import BootFailed, InfraError, StartError
 from ...models import Endpoints
 from ...settings import Settings
-from ..base import Death, Driver, InstanceSpec, Report, Traits
+from ..base import Death, Driver, InstanceSpec, Made, Report, Traits
 from . import sandbox
 from .supervisor import descendants, parents
 
@@ -62,7 +62,7 @@ class LocalDriver(Driver):
     """Desktops of one daemon, under `state_dir/local`. A state directory has one daemon, so all there are ours."""
 
     name: ClassVar[str] = "local"
-    traits: ClassVar[Traits] = Traits(
+    traits: Traits = Traits(
         boot_width=1, make_before_break=True, prewarm=False, probe_interval_s=0.03, monitor_interval_s=0.5
     )
 
@@ -102,17 +102,17 @@ class LocalDriver(Driver):
         await self._watchers.__aexit__(None, None, None)
         self._desktops.clear()
 
-    async def create(self, spec: InstanceSpec, report: Report) -> Endpoints:
+    async def create(self, spec: InstanceSpec, report: Report) -> Made:
         if not _ID.fullmatch(spec.id):
             raise BootFailed(f"{spec.id!r} is no id for a desktop: [a-z0-9-], at most 63 characters.")
-        report("starting X, Chromium and the guest server")
+        report.progress("starting X, Chromium and the guest server")
         async with self._lock(spec.id):
             with anyio.CancelScope(shield=True):  # takes milliseconds; half of it could not be found again
                 desktop = await self._start(spec)
         if desktop.death is not None:
             tail = await self.log_tail(spec.id)
             raise BootFailed(f"The desktop died at once: {desktop.death.reason}.", phase="create", log=tail)
-        return desktop.endpoints
+        return Made(desktop.endpoints)
 
     async def destroy(self, instance_id: str) -> None:
         if not _ID.fullmatch(instance_id):

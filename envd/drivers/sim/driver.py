@@ -12,7 +12,7 @@ import anyio
 
 from ...errors import BootFailed, InfraError
 from ...models import Endpoints
-from ..base import Death, Driver, InstanceSpec, Report, Traits
+from ..base import Death, Driver, InstanceSpec, Made, Report, Traits
 from .behaviour import Behaviour
 from .desktop import Change, Desktop
 
@@ -40,9 +40,7 @@ class SimDriver(Driver):
     """
 
     name: ClassVar[str] = "sim"
-    traits: ClassVar[Traits] = Traits(
-        boot_width=1, make_before_break=True, probe_interval_s=0.01, monitor_interval_s=0.2
-    )
+    traits: Traits = Traits(boot_width=1, make_before_break=True, probe_interval_s=0.01, monitor_interval_s=0.2)
 
     def __init__(self, settings: Settings, daemon_id: str, behaviour: Behaviours | None = None) -> None:
         """Behaves as `behaviour` says, else as `settings.sim`. Raises SettingsError if that cannot be read."""
@@ -62,11 +60,11 @@ class SimDriver(Driver):
             await asyncio.gather(*(desktop.close() for desktop in self.desktops.values()))
         self.desktops.clear()
 
-    async def create(self, spec: InstanceSpec, report: Report) -> Endpoints:
+    async def create(self, spec: InstanceSpec, report: Report) -> Made:
         self._note("create-begin", spec.id)
         desktop = self._register(spec)
         behaviour = desktop.behaviour
-        report("starting a simulated desktop")
+        report.progress("starting a simulated desktop")
         await asyncio.sleep(behaviour.create_s)
         if behaviour.create_fails:
             desktop.die(Death(behaviour.create_fails))
@@ -76,8 +74,10 @@ class SimDriver(Driver):
             reason = desktop.death.reason if desktop.death else "unknown"
             raise BootFailed(f"The simulated desktop {spec.id} could not be made: {reason}.", log=list(desktop.log))
         self._note("create-end", spec.id)
-        return Endpoints(
-            guest=f"http://127.0.0.1:{desktop.guest_port.number}", cdp=f"http://127.0.0.1:{desktop.cdp_port.number}"
+        return Made(
+            Endpoints(
+                guest=f"http://127.0.0.1:{desktop.guest_port.number}", cdp=f"http://127.0.0.1:{desktop.cdp_port.number}"
+            )
         )
 
     async def destroy(self, instance_id: str) -> None:
