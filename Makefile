@@ -1,10 +1,13 @@
 # One word for each thing there is to do:
-#   make serve     set up what is missing and run the daemon with local desktops on 127.0.0.1:15001
+#   make serve     set up what is missing and run the daemon on 127.0.0.1:15001, with local desktops unless PROVIDER says otherwise
 #   make test      set up what is missing and run every check
 #   make evaluators  the interpreter that evaluations run in (1.4 GB, without torch)
+#   make images    container desktop, virtual machine and its disk, from Debian packages (PROVIDER=docker, PROVIDER=qemu)
 #   make install   virtual environment and packages only
 #   make check     format, lint, types (no tests)
 #   make bench     measure start-up, resets, steps, set-ups, evaluations and memory
+#   make bench-docker  measure containers, virtual machines, templates and clones, side by side
+#   make soak-docker   hundreds of resets in a row, and what they leave behind
 #   make format    rewrite the code as `make check` wants it
 
 PYTHON ?= python3
@@ -15,18 +18,21 @@ EVALUATORS ?= .venv-evaluators
 EVALUATORS_STAMP := $(EVALUATORS)/.installed
 TESTS ?=
 
-.PHONY: serve test install evaluators check bench format system
+.PHONY: serve test install evaluators images check bench bench-docker soak-docker format system system-all engines
 .DEFAULT_GOAL := serve
 
 serve: system install
 	@PYTHON=$(BIN)/python deploy/serve.sh
 
-test: system install evaluators check
+test: system-all install evaluators engines check
 	$(BIN)/python -m pytest $(TESTS)
 
 install: $(STAMP)
 
 evaluators: $(EVALUATORS_STAMP)
+
+images:
+	@deploy/make-images.sh
 
 check: install
 	$(BIN)/ruff format --check envd tests
@@ -36,13 +42,26 @@ check: install
 bench: system install evaluators
 	$(BIN)/python tests/bench.py --evaluators $(EVALUATORS)/bin/python
 
+bench-docker: system-all install engines
+	$(BIN)/python tests/bench_docker.py
+
+soak-docker: system-all install engines
+	$(BIN)/python tests/soak_docker.py
+
 format: install
 	$(BIN)/ruff format envd tests
 	$(BIN)/ruff check --fix envd tests
 
-# Debian packages that local desktops are made of.
+# Debian packages that the desktops are made of: those of the provider that is chosen, or every one.
 system:
-	@deploy/system-packages.sh
+	@deploy/system-packages.sh "$$(deploy/provider.sh)"
+
+system-all:
+	@deploy/system-packages.sh all
+
+# A Docker engine that runs, our images and the guest disk; without them their tests are skipped, but not in CI.
+engines:
+	@deploy/test-engines.sh
 
 $(STAMP): pyproject.toml constraints.txt
 	@deploy/make-venv.sh "$(PYTHON)" "$(VENV)"

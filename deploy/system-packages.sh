@@ -1,14 +1,17 @@
 #!/usr/bin/env bash
-# Installs the Debian packages that `PROVIDER=local` desktops need, if any is missing and this user may install it.
-# Otherwise prints the one line that does and stops.
+# system-packages.sh [PROVIDER|all]: installs the Debian packages that desktops of that provider need (default: local),
+# if any is missing and this user may install it. Otherwise prints the one line that does and stops.
 set -euo pipefail
+provider=${1:-local}
 
 if ! command -v dpkg-query >/dev/null; then
-  echo "Local desktops are made of Debian packages, and this is no Debian: run them on one, or choose another PROVIDER." >&2
+  [ "$provider" = docker ] && exit 0
+  echo "These desktops are made of Debian packages, and this is no Debian: run them on one, or use PROVIDER=docker." >&2
   exit 1
 fi
 
-needed=(
+needed=(python3-venv)
+local_desktops=(
   # the desktop: X server, window manager, browser, a terminal, fonts
   xvfb xauth openbox chromium xterm fonts-dejavu-core fonts-liberation fonts-wqy-microhei
   # what runs it and what tasks call in it
@@ -16,8 +19,14 @@ needed=(
   # the accessibility tree
   dbus at-spi2-core gir1.2-atspi-2.0 python3-gi
   # pyautogui wants tkinter
-  python3-tk python3-venv
+  python3-tk
 )
+qemu_desktops=(qemu-system-x86 qemu-utils bubblewrap)
+case $provider in
+  local) needed+=("${local_desktops[@]}") ;;
+  qemu) needed+=("${qemu_desktops[@]}") ;;
+  all) needed+=("${local_desktops[@]}" "${qemu_desktops[@]}") ;;
+esac
 # dpkg-query fails when it does not know a package; that one is missing then.
 installed=$( (dpkg-query -W -f='${db:Status-Status} ${Package}\n' "${needed[@]}" 2>/dev/null || true) | sed -n 's/^installed //p')
 missing=()
@@ -32,7 +41,7 @@ if [ "$(id -u)" -eq 0 ]; then
 elif sudo -n true 2>/dev/null; then
   as=(sudo -n)
 else
-  printf 'Local desktops need Debian packages that are not installed, and this user may not install them. Run:\n\n' >&2
+  printf 'The desktops need Debian packages that are not installed, and this user may not install them. Run:\n\n' >&2
   printf '    sudo %s\n\n' "${command[*]}" >&2
   exit 1
 fi

@@ -1,5 +1,8 @@
 """For every test: nothing in envd may block the event loop, and log lines go where pytest shows them.
 
+What tests of docker and qemu desktops need is looked for once; where it is missing they are skipped by name, and in CI
+they fail.
+
 And the interpreters that process tests run on: the one that runs the tests, and one from the other side of 3.12. Since
 Python 3.12 a server that closes waits for its open connections, so the way out has to be seen on both sides.
 """
@@ -13,6 +16,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -46,6 +50,51 @@ def logs_are_captured() -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         logger_factory=structlog.stdlib.LoggerFactory(),
     )
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Of a test marked `docker` or `qemu`: skip it where its parts are missing, fail it in CI."""
+    for name, missing in (("docker", missing_for_docker), ("qemu", missing_for_qemu)):
+        if item.get_closest_marker(name) is not None and (reason := missing()):
+            if os.environ.get("CI"):
+                pytest.fail(f"{name} tests must run in CI: {reason}", pytrace=False)
+            pytest.skip(f"{name}: {reason}")
+
+
+@cache
+def missing_for_docker() -> str:
+    """Why no test can use a Docker engine here; empty if they can."""
+    if shutil.which("docker") is None:
+        return "no docker command; deploy/docker-engine.sh installs it"
+    for image in ("envd/desktop", "envd/qemu"):
+        looked = subprocess.run(
+            ["docker", "image", "inspect", "--format", "{{.Id}}", image],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=30,
+        )
+        if looked.returncode:
+            said = (looked.stderr.strip().splitlines() or ["no answer"])[-1]
+            return f"no image {image} ({said}); `make images` makes it"
+    return ""
+
+
+@cache
+def missing_for_qemu() -> str:
+    """Why no test can make a virtual machine here; empty if they can."""
+    for program, package in (("qemu-system-x86_64", "qemu-system-x86"), ("qemu-img", "qemu-utils")):
+        if shutil.which(program) is None:
+            return f"no {program}; the Debian package is {package}"
+    if not guest_disk().exists():
+        return f"no guest disk at {guest_disk()}; `make images` makes it"
+    return ""
+
+
+def guest_disk() -> Path:
+    """The disk that `make images` made."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return Path(os.environ.get("ENVD_CACHE") or home / "envd") / "images" / "guest-disk.qcow2"
 
 
 @pytest.fixture(scope="session")

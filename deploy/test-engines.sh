@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# Makes ready what the tests of docker and qemu desktops need: an engine that runs, our images, the guest disk. Where
+# this user may not install or start an engine, it says so and the tests skip by name; in CI that is a failure.
+set -euo pipefail
+here=$(dirname "$0")
+status=0
+"$here/docker-engine.sh" || status=$?
+if [ "$status" -eq 0 ]; then
+  exec "$here/make-images.sh"
+fi
+if [ "$status" -eq 3 ] && [ -z "${CI:-}" ]; then
+  echo "Tests of docker and qemu desktops will be skipped."
+  exit 0
+fi
+exit "$status"
