@@ -29,10 +29,9 @@ class Press:
 
 @dataclass(frozen=True, slots=True)
 class Wheel:
-    """Clicks of the wheel: positive `up` scrolls up, positive `right` to the right."""
+    """Clicks of the wheel: positive scrolls up. (The tablet that QEMU emulates has no wheel for sideways.)"""
 
-    up: int = 0
-    right: int = 0
+    up: int
 
 
 @dataclass(frozen=True, slots=True)

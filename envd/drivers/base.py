@@ -70,6 +70,15 @@ class Console(Protocol):
     called concurrently; gestures of two calls do not mix.
     """
 
+    @property
+    def pictures(self) -> bool:
+        """Whether its pictures were seen to be what the guest itself shows, pointer included. Else they are not used
+        as observations."""
+
+    @property
+    def input(self) -> bool:
+        """Whether its gestures were seen to arrive in the guest. Else programs go to the guest's own server."""
+
     async def picture(self) -> bytes:
         """The screen as PNG, pointer included."""
 
