@@ -10,10 +10,10 @@ import math
 import re
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -23,8 +23,8 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from .client import Client
 from .client.follow import parsed_job
+from .client.transport import OnRetry
 from .errors import EnvdError
 from .models import Event, Job, JobKind, JobState, Probe, ProbeResult
 
@@ -49,7 +49,15 @@ CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 """A guest's words must not steer the terminal."""
 
 
-async def watch(client: Client, job_id: str | None = None, console: Console | None = None) -> int:
+class Events(Protocol):
+    """Where events come from: `envd.Client`, or a queue in this process."""
+
+    def watch(
+        self, job_id: str | None = None, *, patience: float | None = None, on_retry: OnRetry | None = None
+    ) -> AsyncGenerator[Event, None]: ...
+
+
+async def watch(client: Events, job_id: str | None = None, console: Console | None = None) -> int:
     """Show one job until it ends, or everything until cancelled. 0 if the job succeeded, else 1.
 
     Raises UnknownJob, and ServerUnreachable when the server never answered; one that answered once is waited for.
@@ -63,11 +71,11 @@ async def watch(client: Client, job_id: str | None = None, console: Console | No
     return 0 if board.succeeded else 1
 
 
-async def _plain(client: Client, board: Board, console: Console) -> None:
+async def _plain(client: Events, board: Board, console: Console) -> None:
     await _feed(client, board, lambda line: console.print(line, soft_wrap=True))
 
 
-async def _live(client: Client, board: Board, console: Console) -> None:
+async def _live(client: Events, board: Board, console: Console) -> None:
     failure: EnvdError | None = None
     news: deque[Text] = deque(maxlen=NEWS_SHOWN)
 
@@ -92,7 +100,7 @@ async def _live(client: Client, board: Board, console: Console) -> None:
         raise failure
 
 
-async def _feed(client: Client, board: Board, tell: Callable[[Text], Any]) -> None:
+async def _feed(client: Events, board: Board, tell: Callable[[Text], Any]) -> None:
     """Bring the board up to date with each event, and tell what is new."""
 
     def lost(error: EnvdError, pause: float) -> None:
