@@ -11,7 +11,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -25,6 +25,8 @@ except ImportError:
 ROWS = 40
 """Rows per strip: 27 strips at 1080p, each small enough that a changed line of text costs little."""
 
+Layout = Literal["BGRX", "RGB"]
+
 _ADLER = 65521
 _END = b"\x03\x00"  # an empty last block, after which only the checksum follows
 
@@ -36,18 +38,20 @@ class ScreenEncoder:
         self._size = (0, 0)
         self._strips: list[_Strip] = []
 
-    def encode(self, pixels: bytes | bytearray, width: int, height: int) -> bytes:
-        """A PNG (RGB, 8 bits) of `pixels`: `height` rows of `width` pixels of four bytes B, G, R and one unused."""
-        if len(pixels) != width * height * 4:
-            raise ValueError(f"{len(pixels)} bytes are not {width}×{height} pixels of four bytes")
+    def encode(self, pixels: bytes | bytearray | memoryview, width: int, height: int, layout: Layout = "BGRX") -> bytes:
+        """A PNG (RGB, 8 bits) of `pixels`: `height` rows of `width` pixels of as many bytes as `layout` has letters,
+        X being one unused. The same layout every time."""
+        depth = len(layout)
+        if len(pixels) != width * height * depth:
+            raise ValueError(f"{len(pixels)} bytes are not {width}×{height} pixels of {depth} bytes")
         known = self._strips if self._size == (width, height) else []
         view = memoryview(pixels)
-        stride = ROWS * width * 4
+        stride = ROWS * width * depth
         strips = []
         for index, start in enumerate(range(0, len(pixels), stride)):
             raw = bytes(view[start : start + stride])
             old = known[index] if known else None
-            strips.append(old if old is not None and old.pixels == raw else _strip(raw, width))
+            strips.append(old if old is not None and old.pixels == raw else _strip(raw, width, layout))
         self._size, self._strips = (width, height), strips
         return _png(width, height, strips)
 
@@ -62,9 +66,11 @@ class _Strip:
     length: int
 
 
-def _strip(pixels: bytes, width: int) -> _Strip:
-    height = len(pixels) // (width * 4)
-    rgb = Image.frombuffer("RGB", (width, height), pixels, "raw", "BGRX", 0, 1).tobytes()
+def _strip(pixels: bytes, width: int, layout: Layout) -> _Strip:
+    height = len(pixels) // (width * len(layout))
+    rgb = pixels
+    if layout == "BGRX":
+        rgb = Image.frombuffer("RGB", (width, height), pixels, "raw", layout, 0, 1).tobytes()
     rows = np.frombuffer(rgb, np.uint8).reshape(height, width * 3)
     filtered = np.empty((height, 1 + width * 3), np.uint8)
     filtered[:, 0] = 1  # Sub: each byte less the one a pixel to its left
