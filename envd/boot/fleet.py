@@ -10,21 +10,25 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from functools import partial
+from typing import TypeVar
 
 import aiohttp
 import anyio
 import structlog
 from anyio.abc import TaskGroup
 
-from ..drivers.base import Death, Driver, InstanceSpec, Made, Report
-from ..errors import BootFailed, BootTimeout, EnvdError, InfraError, InstanceDied
+from ..drivers.base import Console, Death, Driver, InstanceSpec, Made
+from ..errors import BootFailed, EnvdError, InfraError, InstanceDied
 from ..events import EventLog
 from ..guest import Cdp, Guest
-from ..models import Desktop, DesktopState, Endpoints, Probe
+from ..models import Desktop, DesktopState, Endpoints, ResetPath
 from ..settings import Settings
+from .account import Admission, BootAccount, BootWatcher, boot_failure
+from .idling import Idling
 from .probes import Readiness
 
 logger = structlog.get_logger(__name__)
@@ -37,23 +41,14 @@ FIRST_PAUSE = 0.5
 """Seconds until a driver that could not remove or watch an instance is asked again; then twice as long, and so on."""
 LOG_LINE = 300
 """Characters of a line of the instance's log that a failed boot is told with."""
-CDP_LOOK = 1.0
-"""Seconds within which a living Chrome answers the monitor."""
-
-
-class BootWatcher(Protocol):
-    """Told how a boot goes. Calls never block and never raise."""
-
-    job_id: str
-
-    def phase(self, name: str, desktop_id: str) -> None:
-        """`admit`, `create`, those that the driver tells, then `probe`."""
-
-    def probed(self, probe: Probe) -> None: ...
-
-    def note(self, message: str) -> None: ...
-
-    def progress(self, message: str) -> None: ...
+LOOK = 1.0
+"""Seconds within which a living Chrome, or a living guest, answers the monitor."""
+GUEST_LOOKS = 5.0
+"""Seconds between two looks at the guest port of a spare."""
+SLOW_LOOKS = 5
+"""A spare that took longer than `LOOK` so many times in a row is given up. One that is refused is so at once."""
+RESTORED_LIMIT = 120.0
+"""Seconds that a restored machine may take until its probes pass; twelve at once on 4 cores were measured at 7.3."""
 
 
 @dataclass
@@ -63,27 +58,12 @@ class _Entry:
     lost: anyio.Event = field(default_factory=anyio.Event)
     monitor: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     removing: bool = False
+    idling: Idling | None = None
+    """Once it is ready, if it is to be paused."""
 
-
-class _Report(Report):
-    """What a driver tells of a boot, for whoever watches it; and the readiness of a machine that the driver needs."""
-
-    def __init__(self, fleet: Fleet, watcher: BootWatcher, desktop_id: str) -> None:
-        self._fleet = fleet
-        self._watcher = watcher
-        self._desktop_id = desktop_id
-
-    def progress(self, words: str) -> None:
-        self._watcher.progress(words)
-
-    def phase(self, name: str) -> None:
-        self._watcher.phase(name, self._desktop_id)
-
-    def note(self, words: str) -> None:
-        self._watcher.note(words)
-
-    async def ready(self, endpoints: Endpoints) -> None:
-        await self._fleet._readiness(endpoints, self._watcher).wait()
+    @property
+    def paused(self) -> bool:
+        return self.idling is not None and self.idling.paused
 
 
 class Fleet:
@@ -130,6 +110,20 @@ class Fleet:
         assert desktop.endpoints is not None
         return Cdp(self._session, desktop.endpoints.cdp)
 
+    def console(self, desktop: Desktop) -> Console | None:
+        """Its screen and input from outside the guest, where there is a way to them."""
+        return self.driver.console(desktop.id)
+
+    @asynccontextmanager
+    async def awake(self, desktop_id: str) -> AsyncIterator[None]:
+        """For everything that touches the guest: in here its processors run. Raises InfraError."""
+        entry = self._entries.get(desktop_id)
+        if entry is None or entry.idling is None:
+            yield
+            return
+        async with entry.idling.awake():
+            yield
+
     async def lost(self, desktop_id: str) -> None:
         """Return once the desktop has died or is no longer ours."""
         if entry := self._entries.get(desktop_id):
@@ -137,12 +131,29 @@ class Fleet:
 
     # -- booting ------------------------------------------------------------------------------------------------
 
+    def next_path(self) -> ResetPath:
+        """How the driver would make a desktop now."""
+        try:
+            return self.driver.next_path()
+        except Exception:
+            logger.exception("the driver does not know how it would make a desktop")
+            return ResetPath.COLD
+
+    async def admit(self, watcher: BootWatcher) -> None:
+        """Return once the driver has room for one desktop more. Raises BootFailed when it never will."""
+        began = time.monotonic()
+        try:
+            await self._ask(self.driver.admit(Admission(watcher)))
+        except EnvdError as error:
+            phases = {"admit": round(time.monotonic() - began, 3)}
+            raise boot_failure(error, {"phase": "admit", "phases": phases, "probes": {}, "log": []}) from error
+
     async def boot(self, watcher: BootWatcher) -> Desktop:
         """A clean, ready desktop. Raises BootFailed, BootTimeout or InstanceDied with phase, probes and log.
 
         Whatever ends this early, its instance is being removed when it returns; `gone` waits for that.
         """
-        began = time.monotonic()
+        limit = self._settings.ready_timeout
         desktop = Desktop(
             id=f"envd-{self._daemon_id}-{secrets.token_hex(5)}",
             provider=self.driver.name,
@@ -150,17 +161,16 @@ class Fleet:
             created_at=time.time(),
         )
         entry = self._entries[desktop.id] = _Entry(desktop)
-        phases: dict[str, float] = {}
-        readiness: Readiness | None = None
+        account = BootAccount(desktop.id, watcher, self._events, partial(self._readiness, watcher), limit)
         try:
-            watcher.phase("create", desktop.id)
-            with anyio.fail_after(self._settings.ready_timeout):
-                spec = InstanceSpec(desktop.id, self._settings.screen, watcher.job_id)
-                made: Made = await self._ask(self.driver.create(spec, _Report(self, watcher, desktop.id)))
-                phases["create"] = round(time.monotonic() - began, 3)
-                watcher.phase("probe", desktop.id)
-                readiness = self._readiness(made.endpoints, watcher)
-                await self._until_ready(desktop.id, readiness, watcher, began)
+            with anyio.fail_after(limit):
+                spec = InstanceSpec(
+                    desktop.id, self._settings.screen, watcher.job_id, watcher.env, desktop.created_at + limit
+                )
+                made: Made = await self._ask(self.driver.create(spec, account))
+                watcher.made(made.path)
+                account.phase("probe")
+                await self._until_ready(desktop.id, account, made)
             now_ready = {
                 "state": DesktopState.READY,
                 "endpoints": made.endpoints,
@@ -168,20 +178,23 @@ class Fleet:
                 "chrome_cdp": True,
             }
             entry.desktop = desktop.model_copy(update=now_ready)
+            if self._settings.pause_idle:
+                entry.idling = Idling(lambda: self.console(desktop), self._start_soon)
         except (EnvdError, TimeoutError) as error:
             entry.desktop = desktop.model_copy(update={"state": DesktopState.REMOVING})
-            raise await self._explain(error, desktop.id, phases, readiness, began) from error
+            raise account.explain(error, await self.log_tail(desktop.id)) from error
         finally:
+            account.over = True
             if entry.desktop.state is not DesktopState.READY:
                 # Only now: the instance's log, which explains the failure, goes with the instance.
                 self.retire(desktop.id, "its boot ended early")
         if self._tasks is not None:
             self._tasks.start_soon(self._monitor, entry)
-        seconds = round(time.monotonic() - began, 3)
+        seconds = round(account.seconds, 3)
         self._events.publish("desktop", desktop_id=desktop.id, state="ready", seconds=seconds, message="desktop ready")
         return entry.desktop
 
-    def _readiness(self, endpoints: Endpoints, watcher: BootWatcher) -> Readiness:
+    def _readiness(self, watcher: BootWatcher, endpoints: Endpoints, frame: bytes | None) -> Readiness:
         return Readiness(
             guest=Guest(self._session, endpoints.guest),
             cdp=Cdp(self._session, endpoints.cdp),
@@ -189,63 +202,27 @@ class Fleet:
             interval=self.driver.traits.probe_interval_s,
             chrome_grace=self._settings.chrome_grace,
             watcher=watcher,
+            frame=frame,
         )
 
-    async def _until_ready(self, desktop_id: str, readiness: Readiness, watcher: BootWatcher, began: float) -> None:
+    async def _until_ready(self, desktop_id: str, account: BootAccount, made: Made) -> None:
         death: Death | None = None
+        restored = made.path is ResetPath.RESTORE
 
         async def die() -> None:
             nonlocal death
             death = await self._death(desktop_id)
             race.cancel_scope.cancel()
 
-        async with anyio.create_task_group() as race:
-            race.start_soon(die)
-            race.start_soon(self._tell_progress, readiness, watcher, began)
-            await readiness.wait()
-            race.cancel_scope.cancel()
+        with anyio.move_on_after(RESTORED_LIMIT if restored else None) as patience:
+            async with anyio.create_task_group() as race:
+                race.start_soon(die)
+                await account.ready(made.endpoints, made.frame if restored else None)
+                race.cancel_scope.cancel()
         if death is not None:
             raise InstanceDied(f"The instance died while it booted: {death.reason}.", exit_code=death.exit_code)
-
-    async def _tell_progress(self, readiness: Readiness, watcher: BootWatcher, began: float) -> None:
-        """The line that users of older servers look for: every second at first, later every ten."""
-        while True:
-            waited = time.monotonic() - began
-            await anyio.sleep(1 if waited < 30 else 10)
-            passed = ", ".join(f"{name}={probe.passed}" for name, probe in readiness.probes.items())
-            waited = time.monotonic() - began
-            watcher.progress(
-                f"Waiting for VM to be ready… {waited:.0f}s / {self._settings.ready_timeout:.0f}s ({passed})"
-            )
-
-    async def _explain(
-        self,
-        error: EnvdError | TimeoutError,
-        desktop_id: str,
-        phases: dict[str, float],
-        readiness: Readiness | None,
-        began: float,
-    ) -> BootFailed:
-        phase = "probe" if readiness else "create"
-        seconds = time.monotonic() - began
-        phases[phase] = round(seconds - sum(phases.values()), 3)
-        probes = readiness.probes if readiness else {}
-        facts: dict[str, Any] = {
-            "desktop_id": desktop_id,
-            "phase": phase,
-            "phases": phases,
-            "probes": {name: f"{probe.result}: {probe.detail}" for name, probe in probes.items()},
-            "log": list(await self.log_tail(desktop_id)),
-        }
-        if isinstance(error, TimeoutError):
-            missing = " and ".join(name for name, probe in probes.items() if not probe.passed) or "its instance"
-            return BootTimeout(
-                f"Not ready after {seconds:.0f} s, in phase {phase}: still waiting for {missing}.",
-                hint="If it was still making progress, raise DOCKER_VM_READY_TIMEOUT; otherwise see the log lines.",
-                **facts,
-            )
-        kind = type(error) if isinstance(error, BootFailed) else BootFailed
-        return kind(error.detail, hint=error.hint, retry_after=error.retry_after, **{**error.facts, **facts})
+        if patience.cancelled_caught:
+            raise BootFailed(f"A machine that had been ready when it was saved is not, {RESTORED_LIMIT:g} s after it.")
 
     async def log_tail(self, desktop_id: str) -> tuple[str, ...]:
         """The last lines of its instance, within two seconds; empty when they cannot be had."""
@@ -279,6 +256,8 @@ class Fleet:
     def keep(self, desktop: Desktop) -> None:
         """Put a clean desktop aside as a spare, for `take_spare`."""
         self._change(desktop.id, env=None, state=DesktopState.READY)
+        if idling := self._entries[desktop.id].idling:
+            self._start_soon(idling.pause)
         self.on_spare()
 
     @property
@@ -340,9 +319,13 @@ class Fleet:
         missed = 0
         while True:
             await anyio.sleep(self.driver.traits.monitor_interval_s)
+            if entry.paused:
+                continue
             try:
                 await cdp.version(timeout=CDP_LOOK)
             except EnvdError:
+                if entry.paused:  # since it was asked
+                    continue
                 missed += 1
             else:
                 missed = 0
@@ -382,6 +365,10 @@ class Fleet:
         entry.removing = True
         entry.desktop = entry.desktop.model_copy(update={"state": DesktopState.REMOVING})
         self._tasks.start_soon(self._remove, entry, why)
+
+    def _start_soon(self, work: Callable[[], Awaitable[None]]) -> None:
+        if self._tasks is not None:
+            self._tasks.start_soon(work)
 
     async def gone(self, desktop_id: str) -> None:
         """Return when the desktop is confirmed gone."""
