@@ -12,7 +12,7 @@ import io
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -20,7 +20,7 @@ import aiohttp
 import anyio
 from PIL import Image
 
-from .acting import act, as_told, plan, shaped_reward
+from .acting import Sight, act, as_told, plan, shaped_reward, sight
 from .actions.dialogue import Dialogue, PromptTemplate
 from .actions.pyautogui import Special, Step
 from .actions.uitars import Frame, PredictionError
@@ -38,7 +38,6 @@ from .errors import (
     UnknownEnv,
 )
 from .events import EventLog
-from .guest import Guest
 from .models import (
     ActionOutcome,
     ActionResult,
@@ -101,7 +100,6 @@ class Judged:
 
     episode: Episode
     desktop: Desktop
-    guest: Guest
     envs: Envs
 
     async def while_alive(self, work: Callable[[], Awaitable[T]]) -> T:
@@ -194,9 +192,10 @@ class Envs:
     async def screenshot(self, env: int) -> bytes:
         """The screen as it is now, PNG bytes. Raises NoEpisode, EnvBusy while resetting, DesktopLost,
         GuestUnreachable."""
-        slot = self._with_desktop(env)
-        guest, desktop_id = self._guest(slot)
-        picture, _ = await self._while_alive(desktop_id, lambda: self._picture(guest))
+        desktop = self._desktop(self._with_desktop(env))
+        source = self._sight(desktop)
+        # A machine shows its screen also while it stands still.
+        picture, _ = await self._while_alive(desktop.id, lambda: self._picture(source), wake=source.via == "guest")
         return picture
 
     def played(self, env: int) -> tuple[Episode, Play]:
@@ -221,10 +220,7 @@ class Envs:
                 raise _lost(episode.desktop_id)
             self._with_desktop(slot.id)
             self._end_episode(slot, EndReason.EVALUATED)
-            guest, desktop_id = self._guest(slot)
-            desktop = self._fleet.get(desktop_id)
-            assert desktop is not None
-            yield Judged(slot.episode, desktop, guest, self)
+            yield Judged(slot.episode, self._desktop(slot), self)
 
     def context(self, desktop: Desktop, record: Callable[[SetupRecord], None]) -> Context:
         """What steps of a set-up or a post-configuration need to run on `desktop`."""
@@ -297,7 +293,7 @@ class Envs:
                 browser[0] = str((await context.cdp.version())["Browser"])[:100]
             except EnvdError:
                 pass  # there are tasks that begin without Chrome
-            return await self.at_rest(context.guest, at_least=self._settings.settle_seconds)
+            return await self.at_rest(desktop, at_least=self._settings.settle_seconds)
 
         try:
             picture, settled, size = await self._while_alive(desktop.id, prepare)
@@ -355,12 +351,13 @@ class Envs:
         return []
 
     async def at_rest(
-        self, guest: Guest, at_least: float = 0.0, before: tuple[bytes, float] | None = None
+        self, desktop: Desktop, at_least: float = 0.0, before: tuple[bytes, float] | None = None
     ) -> tuple[bytes, Settled, tuple[int, int]]:
         """The screen once it has settled (see `settle`), how that went, and the size of the screen."""
         limits = {"quiet": self._settings.settle_quiet, "limit": self._settings.settle_limit}
-        picture, settled = await settle(guest.screenshot, at_least=at_least, before=before, **limits)
-        return picture, settled, _size(picture, guest)
+        source = self._sight(desktop)
+        picture, settled = await settle(source.look, at_least=at_least, before=before, **limits)
+        return picture, settled, _size(picture, source)
 
     def abandon(self, env: int, job: Job) -> None:
         slot = self._slot(env)
@@ -389,11 +386,12 @@ class Envs:
             )
         playing = _Playing(slot, slot.episode.id, slot.dialogue, slot.play)
         with self._taken(slot, "a step"):
-            guest, desktop_id = self._guest(slot)
-            return await self._while_alive(desktop_id, lambda: self._step(playing, guest, request))
+            desktop = self._desktop(slot)
+            return await self._while_alive(desktop.id, lambda: self._step(playing, desktop, request))
 
-    async def _step(self, playing: _Playing, guest: Guest, request: StepRequest) -> StepResult:
+    async def _step(self, playing: _Playing, desktop: Desktop, request: StepRequest) -> StepResult:
         began = time.monotonic()
+        guest, console, source = self._fleet.guest(desktop), self._fleet.console(desktop), self._sight(desktop)
         problem, format_reward = "", 0.0
         end: EndReason | None = None
         try:
@@ -404,7 +402,16 @@ class Envs:
         results: list[ActionResult] = []
         pause = self._settings.action_pause if request.pause_s is None else request.pause_s
         for step in planned:
-            results.append(await act(guest, step, pause=pause, wait=self._settings.wait_seconds))
+            results.append(
+                await act(
+                    guest,
+                    step,
+                    pause=pause,
+                    wait=self._settings.wait_seconds,
+                    console=console,
+                    screen=playing.episode.screen,
+                )
+            )
             end = self._count_action(playing, step)
             if end or results[-1].outcome is ActionOutcome.UNKNOWN:
                 break
@@ -422,7 +429,7 @@ class Envs:
             playing.play.warnings += (words,)
         said = request.prediction if request.prediction is not None else "\n\n".join(request.actions or ())
         try:
-            picture = await self._look(guest, results) if end is None or request.include_screenshot else None
+            picture = await self._look(source, results) if end is None or request.include_screenshot else None
         except EnvdError as error:
             ran = error.facts.get("actions", [])
             await playing.play.bundle.step({"step": playing.episode.steps, "actions": ran, "error": str(error)}, said)
@@ -443,6 +450,7 @@ class Envs:
             actions=tuple(results),
             problem=problem,
             seconds={"act": round(acted - began, 4), "observe": round(time.monotonic() - acted, 4)},
+            screenshot_via=source.via if picture is not None else None,
             screenshot=base64.b64encode(picture).decode() if picture and request.include_screenshot else None,
         )
         if picture is not None:
@@ -474,9 +482,9 @@ class Envs:
             playing.change(done=True, end_reason=end)
         return end
 
-    async def _look(self, guest: Guest, results: list[ActionResult]) -> bytes:
+    async def _look(self, source: Sight, results: list[ActionResult]) -> bytes:
         try:
-            picture, _ = await self._picture(guest)
+            picture, _ = await self._picture(source)
         except EnvdError as error:
             error.facts["actions"] = [result.model_dump(mode="json") for result in results]
             error.hint = error.hint or "The step's actions are listed with what is known of them; none is sent again."
@@ -484,10 +492,10 @@ class Envs:
         return picture
 
     @staticmethod
-    async def _picture(guest: Guest) -> tuple[bytes, tuple[int, int]]:
+    async def _picture(source: Sight) -> tuple[bytes, tuple[int, int]]:
         """A screenshot and its size: one that cannot be opened is an error, never an observation."""
-        picture = await guest.screenshot()
-        return picture, _size(picture, guest)
+        picture = await source.look()
+        return picture, _size(picture, source)
 
     # -- one env ------------------------------------------------------------------------------------------------
 
@@ -511,11 +519,14 @@ class Envs:
             raise NoEpisode(f"Env {slot.id} has no episode{_why(slot)}.", hint="Reset it first.")
         return slot
 
-    def _guest(self, slot: _Slot) -> tuple[Guest, str]:
+    def _desktop(self, slot: _Slot) -> Desktop:
         desktop = self._fleet.get(slot.desktop_id or "")
         if desktop is None or desktop.endpoints is None:
             raise DesktopLost(f"The desktop of env {slot.id} is gone.", hint="Reset the env.")
-        return self._fleet.guest(desktop), desktop.id
+        return desktop
+
+    def _sight(self, desktop: Desktop) -> Sight:
+        return sight(self._fleet.guest(desktop), self._fleet.console(desktop))
 
     @contextmanager
     def _taken(self, slot: _Slot, what: str) -> Iterator[None]:
@@ -529,8 +540,9 @@ class Envs:
             self._step_ended.set()
             self._step_ended = anyio.Event()
 
-    async def _while_alive(self, desktop_id: str, work: Callable[[], Awaitable[T]]) -> T:
-        """The result of `work`, or DesktopLost as soon as the desktop dies or is taken away."""
+    async def _while_alive(self, desktop_id: str, work: Callable[[], Awaitable[T]], *, wake: bool = True) -> T:
+        """The result of `work`, or DesktopLost as soon as the desktop dies or is taken away. Meanwhile its processors
+        run, unless `wake` is False."""
         outcome: list[T] = []
         failure: EnvdError | None = None
         async with anyio.create_task_group() as race:
@@ -541,7 +553,8 @@ class Envs:
 
             race.start_soon(end_with_the_desktop)
             try:
-                outcome.append(await work())
+                async with self._fleet.awake(desktop_id) if wake else nullcontext():
+                    outcome.append(await work())
             except EnvdError as error:
                 failure = error
             race.cancel_scope.cancel()
@@ -593,17 +606,15 @@ def _why(slot: _Slot) -> str:
     return f" ({slot.detail})" if slot.detail else ""
 
 
-def _size(picture: bytes, guest: Guest) -> tuple[int, int]:
+def _size(picture: bytes, source: Sight) -> tuple[int, int]:
     # Reading the size does not notice that the rest is missing, and decoding all of it takes tens of milliseconds.
     if not picture.endswith(PICTURE_ENDS):
-        raise GuestMisbehaved(
-            f"{guest.url}/screenshot answered {len(picture)} bytes that end in the middle of a picture"
-        )
+        raise GuestMisbehaved(f"{source.name} answered {len(picture)} bytes that end in the middle of a picture")
     try:
         with Image.open(io.BytesIO(picture), formats=("PNG", "JPEG")) as image:
             return image.size
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise GuestMisbehaved(f"{guest.url}/screenshot answered a broken picture: {error}") from error
+        raise GuestMisbehaved(f"{source.name} answered a broken picture: {error}") from error
 
 
 def _lost(desktop_id: str) -> DesktopLost:

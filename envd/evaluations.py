@@ -242,7 +242,7 @@ class Evaluations:
 
     async def _last_look(self, judged: Judged, play: Play, findings: _Findings) -> None:
         before = None if findings.postconfig else play.last_seen
-        picture, settled, _ = await self._envs.at_rest(judged.guest, before=before)
+        picture, settled, _ = await self._envs.at_rest(judged.desktop, before=before)
         findings.settled, findings.seconds["settle"] = settled, settled.seconds
         if not settled.still:
             findings.warnings.append(f"the screen was still changing after {settled.seconds:.1f} s")
