@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
+from typing import Any
 
 import anyio
 import structlog
@@ -20,7 +21,11 @@ class Idling:
     Nothing in a paused desktop answers, so whoever would take that for a fault looks at `paused` first.
     """
 
-    def __init__(self, console: Callable[[], Console | None], start_soon: Callable[..., None]) -> None:
+    def __init__(
+        self,
+        console: Callable[[], Console | None],
+        start_soon: Callable[[Callable[[], Coroutine[Any, Any, None]]], None],
+    ) -> None:
         self.paused = False
         """Also while it is being paused or resumed."""
         self._console = console
