@@ -18,8 +18,8 @@ MB = 1024 * 1024
 
 @dataclass(frozen=True)
 class Process:
-    """`name` is cut to 15 characters by the kernel. `started`, in ticks since the host booted, tells it from a later one
-    with its number."""
+    """`name` is cut to 15 characters by the kernel. `started`, in ticks since the host booted, tells it from a later
+    one with its number."""
 
     pid: int
     started: int
