@@ -116,7 +116,8 @@ REPLAYED = [
     "pyautogui.scroll(3, x=50, y=60); pyautogui.vscroll(-2, (70, 80))",
     "pyautogui.hotkey('ctrl', 'Shift', 'T'); pyautogui.hotkey(['alt', 'f4'], interval=0.02)",
     "pyautogui.press(['left', 'A', 'pgup'], presses=2, interval=0.03); pyautogui.press('num5')",
-    f"pyautogui.write({(string.printable[:-5]).replace('<', '')!r}, interval=0.01); pyautogui.typewrite(['a', 'enter'])",
+    f"pyautogui.write({string.printable[:-5].replace('<', '')!r}, interval=0.01)",
+    "pyautogui.typewrite(['a', 'enter'], 0.2)",
     "pyautogui.keyDown('winright'); pyautogui.keyUp('winright'); pyautogui.keyDown('!'); pyautogui.keyUp('!')",
     "pyautogui.PAUSE = 0.25; pyautogui.press('esc'); time.sleep(0.5); pyautogui.sleep(1); pyautogui.press('\\b')",
 ]
@@ -186,9 +187,7 @@ def tidied(log: list[list[Any]]) -> list[list[Any]]:
     for event in log:
         if event[0] == "rest" and tidy and tidy[-1][0] == "rest":
             tidy[-1] = ["rest", round(tidy[-1][1] + event[1], 6)]
-        elif event[0] == "rest" and event[1]:
-            tidy.append(event)
-        elif event[0] not in ("move", "rest") or (event[0] == "move" and event != place):
+        elif event not in (["rest", 0], ["rest", 0.0], place):
             tidy.append(event)
         place = event if event[0] == "move" else place
     return tidy[: -1 if tidy and tidy[-1][0] == "rest" else None]
