@@ -13,11 +13,11 @@ import logging
 import signal
 import sys
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 
 import structlog
 from bench_docker_figures import Beside
-from bench_docker_service import place
+from bench_docker_service import place, words
 from bench_docker_use import measure_containers, measure_hands, measure_spares
 from bench_docker_vm import (
     Run,
@@ -27,8 +27,6 @@ from bench_docker_vm import (
     measure_memory,
     measure_template,
 )
-
-from envd.errors import EnvdError
 
 PARTS: dict[str, Callable[[Run], Awaitable[None]]] = {
     "cold": measure_cold,
@@ -73,31 +71,20 @@ async def _measured(name: str, run: Run) -> bool:
     try:
         await PARTS[name](run)
     except Exception as error:  # noqa: BLE001 - whatever it is, it belongs beside the figures
-        run.figures.note(name, f"{name}: not measured. {'; '.join(_words(error))}")
+        run.figures.note(name, f"{name}: not measured. {words(error)}")
     return len(run.figures.notes) == notes
 
 
-def _words(error: BaseException) -> Iterator[str]:
-    """What happened, of each of those that came together."""
-    if isinstance(error, BaseExceptionGroup):
-        for one in error.exceptions:
-            yield from _words(one)
-    elif isinstance(error, EnvdError):
-        yield f"{error.detail} {error.hint}".strip()
-    else:
-        yield f"{type(error).__name__}: {error}"
-
-
-def parts(words: str) -> list[str]:
+def parts(given: str) -> list[str]:
     """Names of parts, in the order in which they run."""
-    asked = set(words.split(","))
+    asked = set(given.split(","))
     if unknown := asked - set(PARTS):
         raise argparse.ArgumentTypeError(f"no such part: {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     return [name for name in PARTS if name in asked]
 
 
-def numbers(words: str) -> list[int]:
-    return [int(word) for word in words.split(",")]
+def numbers(given: str) -> list[int]:
+    return [int(word) for word in given.split(",")]
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ import anyio
 import anyio.to_thread
 
 from envd.daemon import daemon_id
+from envd.errors import EnvdError
 from envd.models import Desktop, Job, JobState, ProbeResult, ResetPath
 from envd.service import Service, open_service
 from envd.settings import Settings, load
@@ -166,3 +167,12 @@ def told(job: Job) -> str:
     extra = job.error.model_dump()
     lines = " | ".join(str(line) for line in (extra.get("log") or [])[-5:])
     return f"{job.error.detail} {job.error.hint or ''} {lines}".strip()
+
+
+def words(error: BaseException) -> str:
+    """What happened, of each of those that came together."""
+    if isinstance(error, BaseExceptionGroup):
+        return "; ".join(words(one) for one in error.exceptions)
+    if isinstance(error, EnvdError):
+        return f"{error.detail} {error.hint}".strip()
+    return f"{type(error).__name__}: {error}"

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import structlog
-from bench_docker_service import cleared, place, reset, running, settings
+from bench_docker_service import cleared, place, reset, running, settings, words
 from bench_figures import percentile
 from rich.console import Console
 from rich.table import Table
@@ -106,7 +106,7 @@ def show(kind: str, resets: int, soaked: Soaked) -> None:
     names = [name for name, _ in soaked.rows]
     shown = Table("", *names, title=f"{resets} resets in a row: {kind} ({', '.join(sorted(soaked.paths))})")
     for name in NAMES:
-        shown.add_row(name, *(f"{getattr(counts, name):,.10g}" for _, counts in soaked.rows))
+        shown.add_row(name, *(f"{getattr(counts, name):,.0f}" for _, counts in soaked.rows))
     Console(width=max(100, 24 + 9 * len(names))).print(shown)
 
 
@@ -122,7 +122,7 @@ def figures(kind: str, resets: int, soaked: Soaked) -> dict[str, Any]:
         f"{kind}_ready_p50_s": round(statistics.median(soaked.took), 4),
         f"{kind}_ready_p95_s": round(percentile(soaked.took, 95), 4),
     }
-    return {f"{kind}_resets": resets, f"{kind}_left": soaked.left, **took, **counts}
+    return {f"{kind}_resets": resets, **took, **counts}
 
 
 async def main(given: argparse.Namespace) -> bool:
@@ -132,19 +132,25 @@ async def main(given: argparse.Namespace) -> bool:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     found: dict[str, Any] = {}
     left: list[str] = []
-    for kind, how in KINDS.items():
-        resets = getattr(given, kind)
-        if resets:
-            with place() as where:
-                async with asyncio.timeout(given.limit):
-                    soaked = await soak(
-                        settings(where, **(how | ({"provider": given.provider} if given.provider else {}))), resets
-                    )
-            show(kind, resets, soaked)
-            found |= figures(kind, resets, soaked)
-            left += [f"{kind}: {words}" for words in soaked.left]
-    sys.stdout.write("".join(f"{line}\n" for line in (*left, json.dumps(found))))
+    for kind in KINDS:
+        if resets := getattr(given, kind):
+            try:
+                soaked = await _soak_one(kind, resets, given)
+            except Exception as error:  # noqa: BLE001 - whatever it is, the other kind is to be soaked too
+                left.append(f"{kind}: broke off. {words(error)}")
+            else:
+                show(kind, resets, soaked)
+                found |= figures(kind, resets, soaked)
+                left += [f"{kind}: {one}" for one in soaked.left]
+    sys.stdout.write("".join(f"{line}\n" for line in (*left, json.dumps(found | {"left": left}))))
     return not left
+
+
+async def _soak_one(kind: str, resets: int, given: argparse.Namespace) -> Soaked:
+    instead = {"provider": given.provider} if given.provider else {}
+    with place() as where:
+        async with asyncio.timeout(given.limit):
+            return await soak(settings(where, **(KINDS[kind] | instead)), resets)
 
 
 if __name__ == "__main__":
