@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from agent_desktop import environment, x_server
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from envd.actions.gestures import Gesture, Key, Move, Press, Rest, Wheel
@@ -207,6 +207,7 @@ inputs: st.SearchStrategy[Input] = st.one_of(
 )
 
 
+@settings(deadline=None)
 @given(inputs)
 @example(Type("<" * 300))
 @example(Hotkey(("ctrl", "<")))
@@ -232,6 +233,7 @@ def test_a_key_stays_down_if_the_program_says_so() -> None:
     assert gestures_for(program_for(KeyUp("shift")), SCREEN) == (Key("shift", down=False),)
 
 
+@settings(deadline=None)
 @given(st.text(max_size=200) | st.text("pyautogui.clkwrTo(),='12\n ", max_size=200))
 def test_no_text_breaks_the_reader(text: str) -> None:
     gestures_for(text, SCREEN)

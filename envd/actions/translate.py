@@ -98,7 +98,7 @@ class _Hands:
         if method is None or self.failsafe or None in named:
             raise _Inexpressible
         try:
-            bound = inspect.signature(method).bind(self, *positional, **{str(name): it for name, it in named.items()})
+            bound = _SIGNATURES[function].bind(self, *positional, **{str(name): it for name, it in named.items()})
         except TypeError as error:
             raise _Inexpressible from error
         self._rest(self._pause_due)
@@ -301,6 +301,7 @@ _FUNCTIONS: Final[dict[str, Callable[..., None]]] = {
     "pyautogui.hotkey": _Hands.hotkey,
 }
 """hscroll is not here: see `Wheel`."""
+_SIGNATURES: Final = {name: inspect.signature(method) for name, method in _FUNCTIONS.items()}
 
 
 def _number(value: Any) -> float:
