@@ -1,10 +1,11 @@
-"""Images: what one is, which are here, and pulling one, which a person or the start asks for, never a reset."""
+"""Images: what one is, is it here, and pulling one, which a person or the start asks for, never a reset."""
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any, Literal
 
 import aiohttp
@@ -17,6 +18,8 @@ from .recipes import KIND
 
 PUBLISHED = "happysixd/osworld-docker"
 """OSWorld's own image, which needs a disk mounted at /System.qcow2."""
+OURS = "envd/"
+"""Names that begin so are those of `make images`."""
 STALLED = 180.0
 """Seconds without news after which a pull has failed."""
 
@@ -25,12 +28,13 @@ Kind = Literal["desktop", "qemu", "foreign"]
 
 @dataclass(frozen=True, slots=True)
 class Image:
-    """An image that is here. `id` is sha256:…; `size` in bytes."""
+    """An image that is here. `id` is sha256:…; `size` in bytes; `created` in Unix seconds."""
 
     name: str
     id: str
     kind: Kind
     size: int
+    created: float
     digest: str = ""
     """Of the registry that it was pulled from."""
 
@@ -40,11 +44,19 @@ class Image:
 
 @dataclass(frozen=True, slots=True)
 class Pulling:
-    """How far a pull is. Bytes of the layers that are known so far; `words` is the engine's last line."""
+    """How far a pull is. `layers`: id → bytes that are here and in all, of those whose size is known so far; `words`
+    is the engine's last line."""
 
-    done: int
-    total: int
+    layers: Mapping[str, tuple[int, int]]
     words: str
+
+    @property
+    def done(self) -> int:
+        return sum(done for done, _ in self.layers.values())
+
+    @property
+    def total(self) -> int:
+        return sum(total for _, total in self.layers.values())
 
 
 async def find(engine: Engine, name: str) -> Image:
@@ -56,26 +68,25 @@ async def find(engine: Engine, name: str) -> Image:
         if isinstance(error, ImageMissing) or is_absent(error):
             raise missing(name) from error
         raise
-    digests = shown.get("RepoDigests") or [""]
-    labels = (shown.get("Config") or {}).get("Labels") or {}
-    return _image(name, shown["Id"], labels, shown.get("Size", 0), digests[0].rpartition("@")[2])
-
-
-async def here(engine: Engine) -> list[Image]:
-    """Those on this host that desktops are made of: ours, and OSWorld's. Raises BootFailed."""
-    async with engine.asking("list images") as docker:
-        listed = await docker.images.list()
-    return [
-        _image(name, each["Id"], each.get("Labels") or {}, each["Size"])
-        for each in listed
-        for name in each.get("RepoTags") or []
-        if KIND in (each.get("Labels") or {}) or PUBLISHED in name
-    ]
+    label = ((shown.get("Config") or {}).get("Labels") or {}).get(KIND)
+    return Image(
+        name,
+        shown["Id"],
+        kind=label if label in ("desktop", "qemu") else "foreign",
+        size=shown.get("Size", 0),
+        created=datetime.fromisoformat(shown["Created"]).timestamp(),
+        digest=(shown.get("RepoDigests") or [""])[0].rpartition("@")[2],
+    )
 
 
 async def pull(engine: Engine, name: str) -> AsyncGenerator[Pulling, None]:
     """Pull it, telling how far it is. Raises ImageMissing, NoSpace, DockerUnavailable, or InfraError when it stalls.
-    Use with `contextlib.aclosing`, or the pull goes on after its reader has left."""
+    Use with `contextlib.aclosing`, or the pull goes on after its reader has left.
+
+    Never one of ours: what a registry has under such a name is somebody else's.
+    """
+    if name.startswith(OURS):
+        raise missing(name)
     layers: dict[str, tuple[int, int]] = {}
     try:
         async with engine.stream() as docker, aclosing(docker.images.pull(name, stream=True)) as news:  # type: ignore[type-var]  # a generator
@@ -86,7 +97,7 @@ async def pull(engine: Engine, name: str) -> AsyncGenerator[Pulling, None]:
                 elif item.get("status") in ("Download complete", "Pull complete") and item.get("id") in layers:
                     layers[item["id"]] = (layers[item["id"]][1],) * 2
                 words = " ".join(filter(None, (item.get("id"), item.get("status"))))
-                yield Pulling(sum(done for done, _ in layers.values()), sum(all_ for _, all_ in layers.values()), words)
+                yield Pulling(dict(layers), words)
     except DockerError as error:
         raise _not_pulled(name, error) from error
     except aiohttp.ClientError as error:
@@ -95,20 +106,11 @@ async def pull(engine: Engine, name: str) -> AsyncGenerator[Pulling, None]:
 
 def missing(name: str) -> ImageMissing:
     """How one gets it: ours are built, others pulled."""
-    ours = name.startswith("envd/")
+    ours = name.startswith(OURS)
     how = "`make images` builds it." if ours else f"`envd images pull {name}` gets it; ENVD_PULL=missing does at start."
     if not ours:
         how += " Our own, built from Debian packages by `make images`, is ENVD_DOCKER_IMAGE=envd/desktop."
     return ImageMissing(f"The image {name} is not on this host.", hint=how, image=name)
-
-
-def _image(name: str, id_: str, labels: dict[str, str], size: int, digest: str = "") -> Image:
-    kind: Kind = "foreign"
-    if labels.get(KIND) == "desktop":
-        kind = "desktop"
-    elif labels.get(KIND) == "qemu":
-        kind = "qemu"
-    return Image(name, id_, kind, size, digest)
 
 
 async def _next(news: AsyncIterator[dict[str, Any]], name: str) -> dict[str, Any] | None:
