@@ -84,7 +84,9 @@ async def _ask_helper(run: Path, request: dict[str, Any], timeout: float) -> dic
     """Raises GuestMisbehaved, also for silence: the port takes what is written whether or not anybody reads it."""
     try:
         with anyio.fail_after(timeout):
-            reader, writer = await _connect(run)
+            with anyio.CancelScope(shield=True):  # takes no time, and half of it could not be closed
+                sock = await anyio.to_thread.run_sync(open_identity, run)
+                reader, writer = await asyncio.open_connection(sock=sock, limit=_LONGEST_ANSWER)
             with contextlib.closing(writer):
                 writer.write(json.dumps(request).encode() + b"\n")
                 await writer.drain()
@@ -98,16 +100,17 @@ async def _ask_helper(run: Path, request: dict[str, Any], timeout: float) -> dic
     return answer
 
 
-async def _connect(run: Path) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """By the directory's descriptor: a socket's path may have 107 bytes only (unix(7)). Raises OSError."""
+def open_identity(run: Path) -> socket.socket:
+    """A connection to the machine's identity port. By the directory's descriptor: a socket's path may have 107 bytes
+    only (unix(7)). Blocks. Raises OSError."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
     try:
-        directory = await anyio.to_thread.run_sync(lambda: os.open(run, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC))
+        directory = os.open(run, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
         try:
             sock.connect(f"/proc/self/fd/{directory}/identity.sock")
         finally:
             os.close(directory)
-        return await asyncio.open_connection(sock=sock, limit=_LONGEST_ANSWER)
     except BaseException:
         sock.close()
         raise
+    return sock

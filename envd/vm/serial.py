@@ -6,6 +6,7 @@ when it is long, so a guest can fill neither the disk nor this process.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
@@ -19,7 +20,7 @@ PHASES = ("firmware", "boot loader", "kernel", "display", "session", "guest serv
 """Of a boot, in their order. The first begins when QEMU runs, the others with a line that tells of them."""
 
 WHILE_BOOTING, AFTERWARDS = 0.2, 3.0
-"""Seconds between two looks."""
+"""Seconds between two looks at it."""
 
 _LINES, _LINE = 200, 300
 _READ_AT_ONCE = 256 * 1024
@@ -39,27 +40,32 @@ _CONTROLS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|\x1b[()][0-9A-Z]|[\x00-\x08\x0b-
 class SerialLog:
     """Of the machine whose serial console goes to `path`; there need not be such a file."""
 
-    def __init__(self, path: Path, on_phase: Callable[[str], None] = lambda name: None) -> None:
-        self._path = path
-        self._on_phase = on_phase
+    def __init__(self, path: Path, on_phase: Callable[[str], None] | None = None) -> None:
+        self.path = path
+        self._on_phase = on_phase or _nobody
         self._reached = 0
         self._lines: deque[str] = deque(maxlen=_LINES)
         self._rest = ""
         self._place = 0
         self._turn = anyio.Lock()
-        self.pause = WHILE_BOOTING
+        self._read_at = -math.inf
+        self._pause = WHILE_BOOTING
 
-    async def follow(self) -> None:
-        """Read for ever; tell of each phase once, when it begins."""
-        while True:
+    async def read_if_due(self) -> None:
+        """`read`, if the last time is long enough ago."""
+        if anyio.current_time() - self._read_at >= self._pause:
             await self.read()
-            await anyio.sleep(self.pause)
 
     async def read(self) -> None:
-        """Take in what was written since the last time. Never raises."""
+        """Take in what was written since the last time, and tell of each phase once, when it begins. Never raises."""
+        self._read_at = anyio.current_time()
         async with self._turn:
-            data, self._place = await anyio.to_thread.run_sync(_read_on, self._path, self._place)
+            data, self._place = await anyio.to_thread.run_sync(_read_on, self.path, self._place)
             self._take(data.decode(errors="replace"))
+
+    def quiet(self) -> None:
+        """The boot is over: look at it rarely, and tell of no phase."""
+        self._pause, self._on_phase = AFTERWARDS, _nobody
 
     def tail(self, lines: int) -> tuple[str, ...]:
         """The last lines, oldest first; also one that has no end yet."""
@@ -81,6 +87,10 @@ class SerialLog:
                 self._reached = index
                 self._on_phase(PHASES[index])
                 return
+
+
+def _nobody(phase: str) -> None:
+    pass
 
 
 def _plain(line: str) -> str:
