@@ -31,10 +31,10 @@ class JobState(StrEnum):
     QUEUED = "queued"  # waits for its turn to boot
     BOOTING = "booting"  # a desktop is being made for it
     SETTING_UP = "setting_up"  # it has a desktop; the task's set-up runs, then the first observation
-    SUCCEEDED = "succeeded"  # a reset: the first observation is there; a prewarm: a clean desktop stands by
+    SUCCEEDED = "succeeded"  # a reset: the first observation is there; a prewarm or spare: a clean desktop stands by
     FAILED = "failed"  # `error` says why
     CANCELLED = "cancelled"  # somebody asked for that, and its instance is confirmed gone or serves another job
-    SUPERSEDED = "superseded"  # another reset of the same env came while this one waited
+    SUPERSEDED = "superseded"  # another reset of the same env came while it waited; of a spare: a reset took its boot
     EXPIRED = "expired"  # it waited longer than it was allowed to, and was never booted
 
     @property
@@ -45,6 +45,7 @@ class JobState(StrEnum):
 class JobKind(StrEnum):
     RESET = "reset"
     PREWARM = "prewarm"
+    SPARE = "spare"  # asked for by the daemon itself, so that ENVD_SPARES desktops stand by
 
 
 class ResetPath(StrEnum):
@@ -62,8 +63,9 @@ class ProbeResult(StrEnum):
 
 
 class Phase(Model):
-    """One stretch of a job: `queue`, `admit`, `create`, `probe`, `set_up`, `observe`, and between `create` and `probe`
-    what the driver tells of (`template`, `firmware`, `kernel`, `display`, …). `seconds` is None while it lasts."""
+    """One stretch of a job: `queue`, `admit` (where the driver had to wait for room), `create`, `probe`, `set_up`,
+    `observe`, and between `create` and `set_up` what the driver tells of (`template`, `firmware`, `kernel`, `display`,
+    …). `seconds` is None while it lasts."""
 
     name: str
     started_at: float
@@ -108,7 +110,7 @@ class Settled(Model):
 
 
 class Job(Model):
-    """A reset (or a prewarm) from being accepted to its end. `version` grows with every change and is the ETag."""
+    """A reset, prewarm or spare from being accepted to its end. `version` grows with every change and is the ETag."""
 
     id: str
     kind: JobKind = JobKind.RESET

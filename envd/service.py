@@ -171,9 +171,8 @@ class Service:
             reasons.append("the daemon is shutting down")
         elif not self._running:
             reasons.append("the boot queue does not run")
-        waiting = len(self.queue.waiting())
-        if waiting >= self.settings.queue_limit:
-            reasons.append(f"the queue is full: {waiting} jobs wait")
+        if self.queue.callers_waiting >= self.settings.queue_limit:
+            reasons.append(f"the queue is full: {self.queue.callers_waiting} jobs wait")
         return reasons
 
     def refuse_when_draining(self) -> None:
@@ -194,7 +193,9 @@ class Service:
             "waiting": [job.model_dump(mode="json") for job in self.queue.waiting()],
             "limit": self.settings.queue_limit,
             "spares": self.fleet.spares,
+            "spares_wanted": self.settings.spares,
             "boot_width": self.driver.traits.boot_width,
+            "restore_width": self.driver.traits.restore_width,
         }
 
 

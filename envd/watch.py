@@ -413,7 +413,7 @@ def _title(job: Job) -> str:
 
 
 def _env(job: Job) -> str:
-    return "prewarm" if job.kind is JobKind.PREWARM else f"env {job.env}"
+    return f"env {job.env}" if job.kind is JobKind.RESET else str(job.kind)
 
 
 def _jobs(documents: Any) -> list[Job]:

@@ -134,7 +134,7 @@ async def test_position_and_eta_are_told_and_learned_from_earlier_boots(tmp_path
     async with running(tmp_path, SLOW, envs=3) as (service, _):
         assert service.queue.submit(0, task("a")).eta_s is None
         await ended(service, service.queue.submit(0, task("a")))
-        boot = service.queue.estimates.boot()
+        boot = service.queue.estimates.boot(ResetPath.COLD)
         assert boot is not None
         await in_state(service, service.queue.submit(0, task("b")), JobState.BOOTING)
         near, far = service.queue.submit(1, task("c")), service.queue.submit(2, task("d"))

@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import aiohttp
 import anyio
@@ -34,6 +34,7 @@ from .probes import Readiness
 logger = structlog.get_logger(__name__)
 
 T = TypeVar("T")
+Ask = Callable[[float], Awaitable[object]]
 
 REMOVE_TRY = 60.0
 """Seconds that one call of `driver.destroy` may take."""
@@ -61,9 +62,32 @@ class _Entry:
     idling: Idling | None = None
     """Once it is ready, if it is to be paused."""
 
-    @property
-    def paused(self) -> bool:
+    def is_paused(self) -> bool:
         return self.idling is not None and self.idling.paused
+
+
+@dataclass
+class _Looks:
+    """How a port has answered lately."""
+
+    missed: int = 0
+    """In a row."""
+    slow: bool = False
+    """The last one that it missed was cut off; nothing refused it."""
+
+    async def look(self, ask: Ask, timeout: float = LOOK) -> None:
+        began = time.monotonic()
+        try:
+            await ask(timeout)
+        except EnvdError:
+            self.missed += 1
+            self.slow = time.monotonic() - began >= 0.9 * timeout
+        else:
+            self.missed = 0
+
+    @property
+    def hopeless(self) -> bool:
+        return self.missed >= (SLOW_LOOKS if self.slow else 2)
 
 
 class Fleet:
@@ -80,7 +104,9 @@ class Fleet:
         self._entries: dict[str, _Entry] = {}
         self._tasks: TaskGroup | None = None
         self.on_lost: Callable[[Desktop, str], None] = lambda desktop, reason: None
-        self.on_spare: Callable[[], None] = lambda: None
+        self.on_spares: Callable[[], None] = lambda: None
+        """Told whenever there may be more or fewer of them."""
+        self.on_spare_lost: Callable[[Desktop, str], None] = lambda desktop, why: None
 
     async def run(self, started: anyio.Event) -> None:
         """Host the monitors and removals. First removes what an earlier life of this daemon left behind."""
@@ -258,18 +284,39 @@ class Fleet:
         self._change(desktop.id, env=None, state=DesktopState.READY)
         if idling := self._entries[desktop.id].idling:
             self._start_soon(idling.pause)
-        self.on_spare()
+        self.on_spares()
 
     @property
     def spares(self) -> int:
-        return sum(1 for entry in self._entries.values() if self._is_spare(entry))
+        return sum(1 for entry in self._entries.values() if self._is_usable_spare(entry))
 
     def take_spare(self, env: int) -> Desktop | None:
-        """The oldest spare, now in use by `env`."""
+        """The oldest spare, now in use by `env`. Before anything is done to it, see whether it `is_well`."""
         for entry in self._entries.values():
-            if self._is_spare(entry):
-                return self.assign(entry.desktop, env)
+            if self._is_usable_spare(entry):
+                taken = self.assign(entry.desktop, env)
+                self.on_spares()
+                return taken
         return None
+
+    async def is_well(self, desktop: Desktop) -> bool:
+        """Whether both ports of a ready desktop answer now. One that does not is asked once more, and given longer:
+        another desktop may be far away."""
+
+        async def look(looks: _Looks, ask: Ask) -> None:
+            await looks.look(ask)
+            if looks.missed:
+                await anyio.sleep(0.1)
+                await looks.look(ask, 5 * LOOK)
+
+        chrome, guest = _Looks(), _Looks()
+        try:
+            async with self.awake(desktop.id), anyio.create_task_group() as tasks:
+                tasks.start_soon(look, chrome, self.cdp(desktop).version)
+                tasks.start_soon(look, guest, self.guest(desktop).answers)
+        except InfraError:  # it cannot be resumed
+            return False
+        return not (chrome.missed or guest.missed)
 
     def assign(self, desktop: Desktop, env: int) -> Desktop:
         """The desktop, in use by `env` from here on."""
@@ -278,6 +325,9 @@ class Fleet:
     @staticmethod
     def _is_spare(entry: _Entry) -> bool:
         return entry.desktop.state is DesktopState.READY and entry.desktop.env is None
+
+    def _is_usable_spare(self, entry: _Entry) -> bool:
+        return self._is_spare(entry) and entry.desktop.chrome_cdp is True
 
     def _change(self, desktop_id: str, **changes: object) -> Desktop:
         entry = self._entries.get(desktop_id)
@@ -293,11 +343,14 @@ class Fleet:
         with entry.monitor:
             async with anyio.create_task_group() as tasks:
                 tasks.start_soon(self._look_at_chrome, entry)
+                tasks.start_soon(self._look_at_guest, entry)
                 death = await self._death(entry.desktop.id)
                 tasks.cancel_scope.cancel()
             self._lose(entry, death)
 
     def _lose(self, entry: _Entry, death: Death) -> None:
+        if self._is_spare(entry):
+            self.on_spare_lost(entry.desktop, death.reason)
         entry.desktop = entry.desktop.model_copy(update={"state": DesktopState.LOST, "chrome_cdp": False})
         desktop = entry.desktop
         self._events.publish(
@@ -314,24 +367,13 @@ class Fleet:
         self.retire(desktop.id, "it died")
 
     async def _look_at_chrome(self, entry: _Entry) -> None:
-        assert entry.desktop.endpoints is not None
-        cdp = Cdp(self._session, entry.desktop.endpoints.cdp)
-        missed = 0
+        cdp, looks = self.cdp(entry.desktop), _Looks()
         while True:
             await anyio.sleep(self.driver.traits.monitor_interval_s)
-            if entry.paused:
-                continue
-            try:
-                await cdp.version(timeout=CDP_LOOK)
-            except EnvdError:
-                if entry.paused:  # since it was asked
-                    continue
-                missed += 1
-            else:
-                missed = 0
+            await self._look(entry, looks, cdp.version)
             # One missed look may be a busy machine; two in a row is a Chrome that is not there.
-            answers = missed < 2
-            if answers != entry.desktop.chrome_cdp and (answers or missed == 2):
+            answers = looks.missed < 2
+            if answers != entry.desktop.chrome_cdp and (answers or looks.missed == 2):
                 entry.desktop = entry.desktop.model_copy(update={"chrome_cdp": answers})
                 self._events.publish(
                     "desktop",
@@ -340,6 +382,30 @@ class Fleet:
                     state="chrome back" if answers else "chrome gone",
                     message="Chrome answers again" if answers else "Chrome's CDP no longer answers",
                 )
+                self.on_spares()
+            self._give_up_spare(entry, looks, "its Chrome was gone")
+
+    async def _look_at_guest(self, entry: _Entry) -> None:
+        """Only while it waits as a spare: nobody else would notice."""
+        guest, looks = self.guest(entry.desktop), _Looks()
+        while True:
+            await anyio.sleep(GUEST_LOOKS)
+            if self._is_spare(entry):
+                await self._look(entry, looks, guest.answers)
+                self._give_up_spare(entry, looks, "its guest no longer answered")
+
+    async def _look(self, entry: _Entry, looks: _Looks, ask: Ask) -> None:
+        """Nothing in a desktop that is paused answers: it is looked at while it runs."""
+        before = looks.missed
+        if not entry.is_paused():
+            await looks.look(ask)
+        if entry.is_paused():
+            looks.missed = before
+
+    def _give_up_spare(self, entry: _Entry, looks: _Looks, why: str) -> None:
+        if self._is_spare(entry) and looks.hopeless:
+            self.on_spare_lost(entry.desktop, why)
+            self.retire(entry.desktop.id, f"{why} while it waited as a spare")
 
     async def _death(self, desktop_id: str) -> Death:
         """`driver.wait`, asked again when asking failed: that the provider cannot be reached kills no desktop."""
@@ -365,8 +431,9 @@ class Fleet:
         entry.removing = True
         entry.desktop = entry.desktop.model_copy(update={"state": DesktopState.REMOVING})
         self._tasks.start_soon(self._remove, entry, why)
+        self.on_spares()
 
-    def _start_soon(self, work: Callable[[], Awaitable[None]]) -> None:
+    def _start_soon(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
         if self._tasks is not None:
             self._tasks.start_soon(work)
 

@@ -1,13 +1,19 @@
 """Readiness: is a desktop usable? Two probes, tried concurrently from the moment its instance exists.
 
+Of a desktop that was booted:
+
 screenshot  the guest port gives a picture that decodes, has the expected size and shows more than one flat colour,
             a pointer and an empty frame
 chrome_cdp  Chrome answers `/json/version` and lists a page
 
-A page is listed before its window has content, so in the end Chrome is given a moment to draw one.
-
-A try is judged ok, fail (answered, and the answer was not good) or unknown (nothing to judge). A probe passes after
+A page is listed before its window has content, so in the end Chrome is given a moment to draw one. A probe passes after
 `NEEDED` successes in a row, since a guest that comes up answers 200, then 500, then 200 for a while.
+
+A clone goes on from where a machine stood that had passed all this, so each is needed once, and the screenshot, which
+inside an emulated guest costs seconds, is the frame that its driver took from outside, judged in the same way, together
+with one answer from the guest port.
+
+A try is judged ok, fail (answered, and the answer was not good) or unknown (nothing to judge).
 """
 
 from __future__ import annotations
@@ -36,6 +42,13 @@ LEAST_SHOWN = 30
 root window with a pointer has less than one, a maximised browser whose window is not drawn yet has its frame's title
 bar (18 measured), with an empty page drawn 53. A share of the screen would depend on its height."""
 
+CLONE_PAUSE = 0.075
+"""Seconds between two tries of a clone, at first. Each connection is accepted on this side before the guest can answer
+it, and is work for the guest; more of them make it later."""
+CLONE_TRY = 1.0
+"""Seconds that the first try of a clone may take: one that was sent before the guest ran again may have been lost. A
+guest that is merely slow gets half as long again with every try, up to `TRY_TIMEOUT`."""
+
 PAINT_LIMIT = 5.0
 """Seconds that Chrome gets to draw a page once both probes have passed. Measured on 2 cores without load: 0.1–0.2. No
 failure after that: a page may be hidden for a reason of its own."""
@@ -57,7 +70,10 @@ class Watcher(Protocol):
 
 @dataclass
 class Readiness:
-    """Both probes of one desktop. `wait` returns when both have passed; deadline and death are the caller's to race."""
+    """Both probes of one desktop. `wait` returns when both have passed; deadline and death are the caller's to race.
+
+    `frame` is a clone's screen as PNG, taken from outside the guest; None for a desktop that was booted.
+    """
 
     guest: Guest
     cdp: Cdp
@@ -65,6 +81,7 @@ class Readiness:
     interval: float
     chrome_grace: float
     watcher: Watcher
+    frame: bytes | None = None
     probes: dict[str, Probe] = field(default_factory=dict)
     _started: float = field(default_factory=time.monotonic)
     _answered: anyio.Event = field(default_factory=anyio.Event)
@@ -76,10 +93,19 @@ class Readiness:
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._start_chrome_if_absent)
             async with anyio.create_task_group() as probes:
-                probes.start_soon(self._probe, "screenshot", self._judge_screenshot)
+                probes.start_soon(self._probe_screen)
                 probes.start_soon(self._probe, "chrome_cdp", self._judge_cdp)
             tasks.cancel_scope.cancel()
-        await self._see_a_page_drawn()
+        if self.frame is None:
+            await self._see_a_page_drawn()
+
+    async def _probe_screen(self) -> None:
+        if self.frame is not None:
+            result, detail = await anyio.to_thread.run_sync(judge_picture, self.frame, self.screen)
+            if result is not ProbeResult.OK:
+                self.watcher.note(f"The clone's frame does not count: {detail}. It is probed as if it had been booted.")
+                self.frame = None
+        await self._probe("screenshot", self._judge_screenshot if self.frame is None else self._judge_answer)
 
     async def _see_a_page_drawn(self) -> None:
         drawn = False
@@ -93,12 +119,12 @@ class Readiness:
             self.watcher.note(f"Chrome has drawn no page within {PAINT_LIMIT:g} s; it may be hidden.")
 
     async def _probe(self, name: str, judge: Judge) -> None:
-        """Try until `NEEDED` tries in a row were ok. Never two tries at once; a try that hangs is cut off."""
+        """Try until enough tries in a row were ok. Never two tries at once; a try that hangs is cut off."""
         in_a_row = 0
-        while in_a_row < NEEDED:
-            result, detail = await self._one_try(judge)
+        while in_a_row < self._needed:
+            result, detail = await self._one_try(judge, self._try_timeout(self.probes[name].attempts))
             in_a_row = in_a_row + 1 if result is ProbeResult.OK else 0
-            passed = in_a_row >= NEEDED
+            passed = in_a_row >= self._needed
             now = Probe(
                 name=name,
                 result=result,
@@ -112,12 +138,19 @@ class Readiness:
             if not passed:
                 await anyio.sleep(self._pause(after_success=in_a_row > 0))
 
-    async def _one_try(self, judge: Judge) -> tuple[ProbeResult, str]:
+    @property
+    def _needed(self) -> int:
+        return NEEDED if self.frame is None else 1
+
+    def _try_timeout(self, tried: int) -> float:
+        return TRY_TIMEOUT if self.frame is None else min(TRY_TIMEOUT, CLONE_TRY * 1.5 ** min(tried, 10))
+
+    async def _one_try(self, judge: Judge, timeout: float) -> tuple[ProbeResult, str]:
         try:
-            with anyio.fail_after(TRY_TIMEOUT):
+            with anyio.fail_after(timeout):
                 return await judge()
         except TimeoutError:
-            return ProbeResult.UNKNOWN, f"no answer within {TRY_TIMEOUT:g} s"
+            return ProbeResult.UNKNOWN, f"no answer within {timeout:.3g} s"
         except GuestUnreachable as error:
             return ProbeResult.UNKNOWN, error.detail
         except EnvdError as error:
@@ -128,7 +161,8 @@ class Readiness:
     def _pause(self, *, after_success: bool) -> float:
         """Grows with the time waited, so that at most a twentieth of a boot is lost to sleeping; jittered by half."""
         waited = time.monotonic() - self._started
-        pause = self.interval if after_success else min(SLOWEST_INTERVAL, max(self.interval, waited / 20))
+        shortest = self.interval if self.frame is None else CLONE_PAUSE
+        pause = shortest if after_success else min(SLOWEST_INTERVAL, max(shortest, waited / 20))
         return pause * random.uniform(0.5, 1.5)
 
     async def _judge_screenshot(self) -> tuple[ProbeResult, str]:
@@ -139,6 +173,16 @@ class Readiness:
             raise
         self._answered.set()
         return await anyio.to_thread.run_sync(judge_picture, picture, self.screen)
+
+    async def _judge_answer(self) -> tuple[ProbeResult, str]:
+        began = time.monotonic()
+        try:
+            await self.guest.answers(TRY_TIMEOUT)
+        except GuestMisbehaved:
+            self._answered.set()
+            raise
+        self._answered.set()
+        return ProbeResult.OK, f"frame from outside, guest answered in {time.monotonic() - began:.2f} s"
 
     async def _judge_cdp(self) -> tuple[ProbeResult, str]:
         version = await self.cdp.version()

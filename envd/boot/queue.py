@@ -1,5 +1,8 @@
 """The boot queue: every reset is a job, one consumer takes them in order, and one boot is in flight on this host.
 
+A restore is no boot: beside the boot as many are in flight as the driver allows. Which of the two a job will be is the
+driver's plan when it starts, and what it was is known when its instance is made.
+
     queued ──▶ booting ──▶ setting_up ──▶ succeeded
        │          │             │
        └──────────┴─────────────┴──▶ failed | cancelled        (superseded, expired: only from queued)
@@ -11,7 +14,8 @@
   it torn down.
 * The slot is free again when the desktop is ready, or when a failed one is confirmed gone; set-up runs outside of it.
 * A set-up that failed because a machine did is tried again on a fresh desktop, never on the same: the job goes back to
-  the head of the line.
+  the head of the line. So it does, once, when a restored machine did not come up.
+* Spares are made by jobs that wait behind all others. A reset that finds none takes over the boot of one.
 """
 
 from __future__ import annotations
@@ -31,7 +35,17 @@ import structlog
 from anyio.abc import TaskGroup
 
 from ..drivers.base import Traits
-from ..errors import AssetUnavailable, Draining, EnvdError, Fault, InternalError, JobExpired, QueueFull, UnknownJob
+from ..errors import (
+    AssetUnavailable,
+    Draining,
+    EnvdError,
+    Fault,
+    InfraError,
+    InternalError,
+    JobExpired,
+    QueueFull,
+    UnknownJob,
+)
 from ..events import EventLog
 from ..models import (
     Counts,
@@ -51,6 +65,7 @@ from ..store import Store
 from ..tasks.task import NO_TASK, Task
 from .estimates import Estimates
 from .fleet import Fleet, is_cancelled
+from .spares import Spares
 
 logger = structlog.get_logger(__name__)
 
@@ -117,6 +132,7 @@ class _Ticket:
     expires: float
     phase_began: float
     work: anyio.CancelScope | None = None
+    restores_failed: int = 0
     changed: anyio.Event = field(default_factory=anyio.Event)
 
 
@@ -144,21 +160,48 @@ class _Progress:
 
 
 class _Boot:
-    """One boot in flight, for whichever job it serves now. Tells that job how it goes."""
+    """One boot in flight, for whichever job it serves now. Tells that job how it goes.
 
-    def __init__(self, queue: BootQueue, ticket: _Ticket) -> None:
+    planned   on which path its driver meant to make the instance when it started
+    path      on which path it is, as far as is known
+    is_made   the instance exists, so that `path` is what it was
+    began     (monotonic) when there was room for it; None before
+    """
+
+    def __init__(self, queue: BootQueue, ticket: _Ticket, path: ResetPath) -> None:
         self._queue = queue
         self.ticket = ticket
-        self.job_id = ticket.job.id
-        self.began = time.monotonic()
+        self.planned = self.path = path
+        self.is_made = False
+        self.began: float | None = None
         self.desktop_id = ""
         self.scope = anyio.CancelScope()
-        self._phase_name = "create"
+        self.patience = anyio.CancelScope()
+        self.waits_for = ""
+        self._phase_name = ""
         self._probes: dict[str, Probe] = {}
+
+    @property
+    def job_id(self) -> str:
+        return self.ticket.job.id
+
+    @property
+    def env(self) -> int | None:
+        return self.ticket.job.env
+
+    @property
+    def elapsed(self) -> float:
+        return 0.0 if self.began is None else time.monotonic() - self.began
 
     def phase(self, name: str, desktop_id: str) -> None:
         self.desktop_id, self._phase_name = desktop_id, name
-        self._queue._enter_phase(self.ticket, name, desktop_id=desktop_id)
+        self._queue._enter_phase(self.ticket, name, desktop_id=desktop_id or None)
+        # A driver that has made a template, say, can do more from now on.
+        self._queue._stir()
+
+    def made(self, path: ResetPath) -> None:
+        self.path, self.is_made = path, True
+        self._queue._stir()
 
     def probed(self, probe: Probe) -> None:
         before = self._probes.get(probe.name)
@@ -175,6 +218,8 @@ class _Boot:
         self._queue._update(self.ticket, "note", {}, message=message)
 
     def progress(self, message: str) -> None:
+        if self.began is None:
+            self.waits_for = message
         self._queue._update(self.ticket, "progress", self._tried(), message=message)
 
     def _tried(self) -> dict[str, Any]:
@@ -182,16 +227,21 @@ class _Boot:
 
     def pass_on(self, heir: _Ticket) -> None:
         """Serve `heir` from here on, as if the boot had been begun for it."""
-        self.ticket = heir
-        if self.desktop_id:
-            self._queue._enter_phase(heir, self._phase_name, desktop_id=self.desktop_id, **self._tried())
-        self.note("This job inherited a boot that was under way for a job that was cancelled.")
+        before, self.ticket = self.ticket.job, heir
+        self.bound_patience()
+        if self._phase_name:
+            self._queue._enter_phase(heir, self._phase_name, desktop_id=self.desktop_id or None, **self._tried())
+        why = "a job that was cancelled" if before.cancel_requested else "a spare"
+        self.note(f"This job inherited a boot that was under way for {why}.")
+
+    def bound_patience(self) -> None:
+        """Its job waits for room as long as it would wait in line."""
+        self.patience.deadline = anyio.current_time() + self.ticket.expires - time.monotonic()
 
 
 class BootQueue:
     def __init__(self, settings: Settings, fleet: Fleet, stage: Stage, store: Store, events: EventLog) -> None:
         self._settings = settings
-        self._traits: Traits = fleet.driver.traits
         self._fleet = fleet
         self._stage = stage
         self._store = store
@@ -203,8 +253,10 @@ class BootQueue:
         self._wake = anyio.Event()
         self._tasks: TaskGroup | None = None
         self._closed = False
-        self.estimates = Estimates()
-        fleet.on_spare = self._stir
+        self.estimates = Estimates(settings.state_dir / "boots.json", fleet.driver.image)
+        self._spares = Spares(settings.spares, fleet, self, events)
+        fleet.on_spares = self._stir
+        fleet.on_spare_lost = self._spares.lost
 
     # -- asking -------------------------------------------------------------------------------------------------
 
@@ -224,16 +276,18 @@ class BootQueue:
             if ticket.reset.fingerprint == reset.fingerprint and not ticket.job.cancel_requested:
                 return self._update(ticket, None, {"joined": ticket.job.joined + 1})
         waiting = next((t for t in mine if t in self._waiting), None)
-        if waiting is None and len(self._waiting) >= self._settings.queue_limit:
+        depth = self.callers_waiting
+        if waiting is None and depth >= self._settings.queue_limit:
             raise QueueFull(
-                f"{len(self._waiting)} jobs wait already, the limit is ENVD_QUEUE_LIMIT={self._settings.queue_limit}.",
+                f"{depth} jobs wait already, the limit is ENVD_QUEUE_LIMIT={self._settings.queue_limit}.",
                 hint="Try again later.",
                 retry_after=self._patience(),
-                queue_depth=len(self._waiting),
+                queue_depth=depth,
             )
-        ticket = self._accept(kind, env, reset)
+        patience = reset.queue_timeout_s or self._settings.queue_timeout
+        ticket = self._accept(kind, env, reset, patience)
         if waiting is None:
-            self._waiting.append(ticket)
+            self._waiting.insert(depth, ticket)
         else:
             # The env keeps its place in line: who changes their mind neither loses a turn nor takes one from others.
             self._waiting[self._waiting.index(waiting)] = ticket
@@ -243,7 +297,16 @@ class BootQueue:
         self._stir()
         return ticket.job
 
-    def _accept(self, kind: JobKind, env: int | None, reset: Reset) -> _Ticket:
+    def submit_spare(self) -> Job:
+        """Have one more clean desktop stand by, once nobody else waits."""
+        ticket = self._accept(JobKind.SPARE, None, Reset(), patience=math.inf)
+        self._waiting.append(ticket)
+        self._publish_state(ticket)
+        self._renumber()
+        self._stir()
+        return ticket.job
+
+    def _accept(self, kind: JobKind, env: int | None, reset: Reset, patience: float) -> _Ticket:
         now, began = time.time(), time.monotonic()
         job = Job(
             id=f"job-{secrets.token_hex(6)}",
@@ -253,7 +316,6 @@ class BootQueue:
             task_id=reset.task.id,
             phases=(Phase(name="queue", started_at=now),),
         )
-        patience = reset.queue_timeout_s or self._settings.queue_timeout
         ticket = _Ticket(job, reset, expires=began + patience, phase_began=began)
         self._tickets[job.id] = ticket
         self._store.put_job(job)
@@ -279,23 +341,25 @@ class BootQueue:
         return ticket.job
 
     def _cancel_boot(self, boot: _Boot) -> None:
-        ticket, heir = boot.ticket, self._heir_of(boot)
+        heir = self._next_eligible(leaving=boot.ticket) if self._can_be_passed_on(boot) else None
         if heir is None:
             boot.scope.cancel()
-            return
+        else:
+            self._pass_on(boot, heir, JobState.CANCELLED)
+
+    def _pass_on(self, boot: _Boot, heir: _Ticket, end: JobState, **facts: Any) -> None:
+        leaving = boot.ticket
         self._start(heir)
         boot.pass_on(heir)
-        self._end(ticket, JobState.CANCELLED)
+        self._end(leaving, end, **facts)
         self._vacate(heir)
         self._renumber()
 
-    def _heir_of(self, boot: _Boot) -> _Ticket | None:
-        """Who takes the boot over; nobody wants one that has failed and is being cleared away."""
-        if boot.desktop_id:
-            desktop = self._fleet.get(boot.desktop_id)
-            if desktop is None or desktop.state is not DesktopState.BOOTING:
-                return None
-        return self._next_eligible(leaving=boot.ticket)
+    def _can_be_passed_on(self, boot: _Boot) -> bool:
+        """Nobody wants one that has failed and is being cleared away."""
+        desktop = self._fleet.get(boot.desktop_id)
+        failed = desktop.state is not DesktopState.BOOTING if desktop else bool(boot.desktop_id)
+        return not (failed or boot.scope.cancel_called or boot.patience.cancel_called)
 
     # -- looking ------------------------------------------------------------------------------------------------
 
@@ -325,6 +389,22 @@ class BootQueue:
     def waiting(self) -> tuple[Job, ...]:
         return tuple(self.get(ticket.job.id) for ticket in self._waiting)
 
+    @property
+    def callers_waiting(self) -> int:
+        """How many jobs wait that somebody asked for: all but those for spares, which are last in line."""
+        return next((n for n, t in enumerate(self._waiting) if t.job.kind is JobKind.SPARE), len(self._waiting))
+
+    @property
+    def spares_coming(self) -> int:
+        return sum(1 for ticket in self._tickets.values() if ticket.job.env is None)
+
+    @property
+    def spare_width(self) -> int:
+        return self._width(self._fleet.next_path())
+
+    async def stirred(self) -> None:
+        await self._wake.wait()
+
     def active(self) -> tuple[Job, ...]:
         return tuple(self.get(job_id) for job_id in self._tickets)
 
@@ -334,42 +414,81 @@ class BootQueue:
         return running, next((t.job for t in self._waiting if t.job.env == env), None)
 
     def _eta(self, job: Job) -> float | None:
-        boot, set_up = self.estimates.boot(), self.estimates.set_up()
+        set_up = self.estimates.set_up()
         if job.state is JobState.SETTING_UP:
             return round(set_up, 1)
+        mine = next((b for b in self._boots if b.ticket.job.id == job.id), None)
+        if mine is not None:
+            rest = self.estimates.rest_of_boot(mine.elapsed, mine.path)
+            return None if rest is None else round(rest + set_up, 1)
+        path = self._fleet.next_path()
+        boot, width = self.estimates.boot(path), self._width(path)
         if boot is None:
             return None
-        if job.state is JobState.BOOTING:
-            mine = next((b for b in self._boots if b.ticket.job.id == job.id), None)
-            rest = self.estimates.rest_of_boot(time.monotonic() - mine.began) if mine else 0.0
-            return round((rest or 0.0) + set_up, 1)
-        remaining = [self.estimates.rest_of_boot(time.monotonic() - b.began) or 0.0 for b in self._boots]
-        slot_free = 0.0 if len(remaining) < self._traits.boot_width else min(remaining)
-        turns = math.ceil((job.position or 1) / self._traits.boot_width)
+        remaining = [self.estimates.rest_of_boot(b.elapsed, b.path) or 0.0 for b in self._in_flight(path)]
+        slot_free = 0.0 if len(remaining) < width else min(remaining)
+        turns = math.ceil((job.position or 1) / width)
         return round(slot_free + turns * boot + set_up, 1)
 
     def _patience(self) -> float:
         """When to ask again, in seconds: about one boot."""
-        return max(1.0, self.estimates.boot() or 30.0)
+        return max(1.0, self.estimates.boot(self._fleet.next_path()) or 30.0)
 
     # -- running ------------------------------------------------------------------------------------------------
 
     async def run(self, started: anyio.Event) -> None:
         """The single consumer. Nothing else starts a boot."""
+        await self.estimates.load()
         async with anyio.create_task_group() as self._tasks:
             self._tasks.start_soon(self._expire)
+            self._tasks.start_soon(self._spares.run)
             started.set()
             while True:
-                ticket, desktop = await self._next()
-                self._start(ticket)
-                if desktop is not None or self._stands_by(ticket):
-                    work = partial(self._finish, ticket, desktop, ResetPath.SPARE)
-                    self._tasks.start_soon(self._guard, ticket, work)
-                else:
-                    boot = _Boot(self, ticket)
-                    self._boots.append(boot)
-                    self._tasks.start_soon(self._guard, boot, partial(self._boot, boot))
-                self._renumber()
+                while (ticket := self._next_eligible()) and self._serve(ticket, self._tasks):
+                    self._renumber()
+                await self._wake.wait()
+
+    def _serve(self, ticket: _Ticket, tasks: TaskGroup) -> bool:
+        """Begin what the job wants, if that can be done now."""
+        env, path = ticket.job.env, self._fleet.next_path()
+        if env is not None and (spare := self._fleet.take_spare(env)):
+            self._start(ticket)
+            tasks.start_soon(self._guard, ticket, partial(self._finish, ticket, spare, ResetPath.SPARE))
+        elif self._stands_by(ticket):
+            self._start(ticket)
+            tasks.start_soon(self._guard, ticket, partial(self._finish, ticket, None, ResetPath.SPARE))
+        elif env is not None and (boot := self._boot_of_a_spare()):
+            self._pass_on(boot, ticket, JobState.SUPERSEDED, superseded_by=ticket.job.id)
+        elif len(self._in_flight(path)) < self._width(path) and self._has_room(ticket):
+            self._start(ticket)
+            self._boots.append(boot := _Boot(self, ticket, path))
+            tasks.start_soon(self._guard, boot, partial(self._boot, boot))
+        else:
+            return False
+        return True
+
+    @property
+    def _traits(self) -> Traits:
+        return self._fleet.driver.traits
+
+    def _width(self, path: ResetPath) -> int:
+        return self._traits.restore_width if path is ResetPath.RESTORE else self._traits.boot_width
+
+    def _in_flight(self, path: ResetPath) -> list[_Boot]:
+        """Those that hold up a new one on `path`. One that was begun as a boot, and is not made yet although there is
+        something to restore by now, is making that and will be restored from it."""
+        makes = path is ResetPath.RESTORE
+        return [boot for boot in self._boots if boot.path is path or (makes and not boot.is_made)]
+
+    def _boot_of_a_spare(self) -> _Boot | None:
+        """The one that will be ready first."""
+        return next((b for b in self._boots if b.ticket.job.kind is JobKind.SPARE and self._can_be_passed_on(b)), None)
+
+    def _has_room(self, ticket: _Ticket) -> bool:
+        """For a provider without room for two desktops of an env, a spare waits until what is being removed is gone."""
+        if ticket.job.kind is not JobKind.SPARE or self._traits.make_before_break:
+            return True
+        return all(desktop.state is not DesktopState.REMOVING for desktop in self._fleet.desktops())
 
     def close(self) -> None:
         """Take no new work and cancel what waits, then what runs; `idle` waits for the ends."""
@@ -382,17 +501,6 @@ class BootQueue:
     async def idle(self) -> None:
         """Return when no job is left."""
         while self._tickets:
-            await self._wake.wait()
-
-    async def _next(self) -> tuple[_Ticket, Desktop | None]:
-        """The next job that may run, with a spare if there is one for it; waits until there is such a job."""
-        while True:
-            ticket = self._next_eligible()
-            if ticket is not None:
-                if ticket.job.env is not None and (spare := self._fleet.take_spare(ticket.job.env)):
-                    return ticket, spare
-                if len(self._boots) < self._traits.boot_width or self._stands_by(ticket):
-                    return ticket, None
             await self._wake.wait()
 
     def _stands_by(self, ticket: _Ticket) -> bool:
@@ -431,11 +539,14 @@ class BootQueue:
             self._boots.remove(boot)
             self._renumber()
             self._stir()
-        if desktop is None:
-            self._abandon(boot.ticket, failure)
+        if desktop is not None:
+            self._remember(boot)
+            await self._finish(boot.ticket, desktop, boot.path)
+        elif failure is not None and self._may_boot_again(boot, failure):
+            boot.ticket.restores_failed += 1
+            self._line_up_again(boot.ticket, f"A restored machine did not come up: {failure.detail} It is tried again.")
         else:
-            self.estimates.booted(ResetPath.COLD, time.monotonic() - boot.began)
-            await self._finish(boot.ticket, desktop, ResetPath.COLD)
+            self._abandon(boot.ticket, failure)
 
     async def _boot_in_slot(self, boot: _Boot) -> tuple[Desktop | None, EnvdError | None]:
         """A desktop, or none and why; none and None when the boot was cancelled."""
@@ -446,6 +557,7 @@ class BootQueue:
                 if not boot.scope.cancel_called:
                     self._vacate(boot.ticket)
                     await self._room_for(boot)
+                    boot.began = time.monotonic()
                     desktop = await self._fleet.boot(boot)
         except EnvdError as error:
             failure = error
@@ -454,6 +566,20 @@ class BootQueue:
                 # The slot is held until the instance is confirmed gone: the next boot would share this host with it.
                 await self._fleet.gone(boot.desktop_id)
         return desktop, failure
+
+    def _remember(self, boot: _Boot) -> None:
+        """How long it took, by what is expected of a job that is planned as it was: a restore that became a boot, and a
+        boot that first made what it was restored from, took as long as a boot."""
+        both = {boot.planned, boot.path}
+        self.estimates.booted(ResetPath.COLD if ResetPath.COLD in both else boot.path, boot.elapsed)
+        if self._tasks is not None:
+            self._tasks.start_soon(self.estimates.save)
+
+    def _may_boot_again(self, boot: _Boot, failure: EnvdError) -> bool:
+        """A machine that was restored and did not come up says nothing against the next one: the driver makes that in
+        another way if it has to."""
+        restored = boot.is_made and boot.path is ResetPath.RESTORE
+        return restored and boot.ticket.restores_failed == 0 and self._may_line_up_again(boot.ticket, failure)
 
     async def _finish(self, ticket: _Ticket, desktop: Desktop | None, path: ResetPath) -> None:
         """From a clean desktop to the job's end."""
@@ -472,6 +598,8 @@ class BootQueue:
 
     async def _play(self, ticket: _Ticket, desktop: Desktop, env: int, path: ResetPath) -> None:
         if path is ResetPath.SPARE:
+            if not await self._is_well(ticket, desktop):
+                return
             self._vacate(ticket)
         began = time.monotonic()
         began_with: Beginning | None = None
@@ -488,7 +616,8 @@ class BootQueue:
         if began_with is None:
             await self._fleet.gone(desktop.id)
             if failure is not None and self._may_try_again(ticket, failure):
-                self._line_up_again(ticket, failure)
+                message = f"Set-up attempt {ticket.job.attempts} failed: {failure.detail}"
+                self._line_up_again(ticket, f"{message} It is tried on a fresh desktop.")
             else:
                 self._abandon(ticket, failure)
         else:
@@ -500,6 +629,29 @@ class BootQueue:
                 warnings=began_with.warnings,
                 settled=began_with.settled,
             )
+
+    async def _is_well(self, ticket: _Ticket, spare: Desktop) -> bool:
+        """Whether the job can have the spare. One that fell ill since it was last looked at is retired, and the job
+        stays where it was in line: its env has not been touched."""
+        well = False
+        with anyio.CancelScope() as ticket.work:
+            try:
+                well = await self._fleet.is_well(spare)
+            except InfraError as error:
+                logger.warning("a spare could not be looked at", desktop_id=spare.id, error=error.detail)
+        ticket.work = None
+        if well and not ticket.job.cancel_requested:
+            return True
+        self._fleet.retire(spare.id, "its job was cancelled" if well else "it no longer answered when it was wanted")
+        if ticket.job.cancel_requested:
+            await self._fleet.gone(spare.id)
+            self._end(ticket, JobState.CANCELLED)
+        else:
+            self._back_in_line(ticket)
+            self._update(ticket, "state", {"state": JobState.QUEUED})
+            self._renumber()
+            self._stir()
+        return False
 
     async def _set_up(self, ticket: _Ticket, desktop: Desktop, env: int, path: ResetPath) -> Beginning:
         desktop = self._fleet.assign(desktop, env)
@@ -518,22 +670,30 @@ class BootQueue:
         """Whether a fresh desktop may do better. It will not for a task that is wrong, or a file that cannot be had;
         and nobody waits for this job any more once a newer reset of its env is in line."""
         return (
+            failure.facts.get("cause") != AssetUnavailable.code
+            and ticket.job.attempts < self._settings.setup_attempts
+            and self._may_line_up_again(ticket, failure)
+        )
+
+    def _may_line_up_again(self, ticket: _Ticket, failure: EnvdError) -> bool:
+        return (
             failure.fault is Fault.INFRA
             and failure.retryable
-            and failure.facts.get("cause") != AssetUnavailable.code
-            and ticket.job.attempts < self._settings.setup_attempts
             and not ticket.job.cancel_requested
             and not self._closed
             and all(waiting.job.env != ticket.job.env for waiting in self._waiting)
         )
 
-    def _line_up_again(self, ticket: _Ticket, failure: EnvdError) -> None:
-        ticket.work = None
-        ticket.expires = time.monotonic() + self._settings.queue_timeout
+    def _back_in_line(self, ticket: _Ticket) -> None:
+        """To the head of the line; for a spare's job, of those for spares."""
         self._running.remove(ticket)
-        self._waiting.insert(0, ticket)
-        message = f"Set-up attempt {ticket.job.attempts} failed: {failure.detail} It is tried on a fresh desktop."
-        self._update(ticket, "note", {}, message=message)
+        self._waiting.insert(self.callers_waiting if ticket.job.kind is JobKind.SPARE else 0, ticket)
+
+    def _line_up_again(self, ticket: _Ticket, why: str) -> None:
+        ticket.work = None
+        ticket.expires = max(ticket.expires, time.monotonic() + self._settings.queue_timeout)
+        self._back_in_line(ticket)
+        self._update(ticket, "note", {}, message=why)
         self._enter_phase(ticket, "queue", state=JobState.QUEUED, desktop_id=None)
         self._renumber()
         self._stir()
@@ -544,8 +704,19 @@ class BootQueue:
             self._fleet.retire(old, "its env was reset")
 
     async def _room_for(self, boot: _Boot) -> None:
-        """For a provider without room for two desktops of an env: return when its old ones are gone."""
-        while not self._traits.make_before_break and (old := self._old_desktop(boot.ticket.job.env)):
+        """Return when the driver has room for another desktop; for a provider without room for two of an env, also
+        when the old ones are gone. Raises JobExpired when the job's patience is at its end before."""
+        await self._old_ones_gone(boot)
+        boot.bound_patience()
+        with boot.patience:
+            await self._fleet.admit(boot)
+        if boot.patience.cancelled_caught:
+            raise JobExpired(_waited(boot.ticket.job, "room"), hint=boot.waits_for)
+        # Meanwhile the boot may have been passed on to a job of another env.
+        await self._old_ones_gone(boot)
+
+    async def _old_ones_gone(self, boot: _Boot) -> None:
+        while not self._traits.make_before_break and (old := self._old_desktop(boot.env)):
             await self._fleet.gone(old.id)
 
     def _old_desktop(self, env: int | None) -> Desktop | None:
@@ -554,7 +725,8 @@ class BootQueue:
     def _abandon(self, ticket: _Ticket, failure: EnvdError | None) -> None:
         """End a job that has no desktop: because of `failure`, else because it was cancelled."""
         if failure is not None and not ticket.job.cancel_requested:
-            self._end(ticket, JobState.FAILED, error=failure)
+            expired = isinstance(failure, JobExpired)
+            self._end(ticket, JobState.EXPIRED if expired else JobState.FAILED, error=failure)
         else:
             self._end(ticket, JobState.CANCELLED)
 
@@ -565,9 +737,7 @@ class BootQueue:
             late = [t for t in self._waiting if t.expires <= now]
             self._waiting = [t for t in self._waiting if t not in late]
             for ticket in late:
-                waited = time.time() - ticket.job.created_at
-                error = JobExpired(f"The job waited {waited:.0f} s for its turn and was never booted.")
-                self._end(ticket, JobState.EXPIRED, error=error)
+                self._end(ticket, JobState.EXPIRED, error=JobExpired(_waited(ticket.job, "its turn")))
             if late:
                 self._renumber()
             soonest = min((t.expires for t in self._waiting), default=now + 3600)
@@ -635,6 +805,8 @@ class BootQueue:
                 **facts,
             },
         )
+        if ticket.job.kind is JobKind.SPARE:
+            self._spares.ended(ticket.job)
         took_the_env = ran or ticket.job.attempts > 0
         if took_the_env and state is not JobState.SUCCEEDED and ticket.job.env is not None:
             self._stage.abandon(ticket.job.env, ticket.job)
@@ -649,3 +821,7 @@ class BootQueue:
             ahead = place - 1 + len(self._boots)
             if (ticket.job.position, ticket.job.ahead) != (place, ahead):
                 self._update(ticket, "position", {"position": place, "ahead": ahead}, position=place, ahead=ahead)
+
+
+def _waited(job: Job, what: str) -> str:
+    return f"The job waited {time.time() - job.created_at:.0f} s for {what} and was never booted."
