@@ -101,5 +101,5 @@ if __name__ == "__main__":
     )
     try:
         sys.exit(0 if asyncio.run(main(parser.parse_args())) else 1)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, asyncio.CancelledError):
         sys.exit(130)

@@ -101,12 +101,12 @@ async def cleared(service: Service) -> None:
 
 @dataclass(frozen=True)
 class Timeline:
-    """How a reset went. Times are seconds from its being asked for; `answered` is when the guest's port first gave a
+    """How a reset went. Times are seconds from its being asked for; `pictured` is when the guest's port first gave a
     picture, for machines that boot."""
 
     job: Job
     desktop: Desktop
-    answered: float | None
+    pictured: float | None
 
     @property
     def path(self) -> ResetPath | None:
@@ -146,18 +146,18 @@ class ResetFailed(RuntimeError):
 async def reset(service: Service, env: int = 0) -> Timeline:
     """Reset `env` to a task that it never had, and wait for the first observation. Raises ResetFailed."""
     job = await service.reset(env, {"id": f"bench-{next(_tasks)}"})
-    answered: float | None = None
+    pictured: float | None = None
     while not job.state.terminal:
         job = await service.queue.changed(job.id, job.version, 60)
-        if answered is None and any(
+        if pictured is None and any(
             probe.name == "screenshot" and probe.result is not ProbeResult.UNKNOWN for probe in job.probes
         ):
-            answered = time.time() - job.created_at
+            pictured = time.time() - job.created_at
     if job.state is not JobState.SUCCEEDED:
         raise ResetFailed(f"a reset ended {job.state}: {told(job)}")
     desktop = service.env(env).desktop
     assert desktop is not None
-    return Timeline(job, desktop, answered)
+    return Timeline(job, desktop, pictured)
 
 
 def told(job: Job) -> str:

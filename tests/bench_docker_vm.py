@@ -19,8 +19,10 @@ from envd.models import ResetPath
 from envd.service import Service
 from envd.settings import Settings
 
-TEMPLATE_PHASES = ("freeze", "trial")
-"""Phases of a driver between a machine that is ready and the template that it becomes."""
+TEMPLATE_PHASES = ("settle", "freeze", "trial")
+"""Between a machine that is ready and the template that it becomes."""
+FRAME = "identity"
+"""The phase that begins when a clone's first frame was taken and it was let go on."""
 IDLE = 10.0
 """Seconds that clones rest before their memory is called idle."""
 CLONES_WEIGHED = 4
@@ -57,8 +59,9 @@ async def measure_cold(run: Run) -> None:
     """A boot as it is where there are no templates."""
     async with running(run.machines(templates="off")) as service:
         cold = await reset(service)
-    if cold.answered is not None:
-        run.figures.against("cold_http", "cold_http_s", "cold boot: the guest first answers", cold.answered, "s")
+    run.figures.against("cold_http", "cold_http_s", "cold boot: the guest answers", cold.since("probe"), "s")
+    if cold.pictured is not None:
+        run.figures.add("cold_picture_s", "cold boot: its first picture", cold.pictured, "s")
     run.figures.against("cold", "cold_s", "cold boot: both probes", cold.ready, "s")
     for phase in cold.job.phases[: cold.names().index("set_up")]:
         if phase.seconds is not None:
@@ -88,7 +91,7 @@ async def measure_clones(run: Run) -> None:
     if len(clones) < len(made):
         words = f"{len(made) - len(clones)} of {len(made)} resets were no clones and are in no figure of clones."
         figures.note("not_clones", words)
-    tell(figures, "frame", "clone: first frame", [one.since("probe") for one in clones], aim=0.3)
+    tell(figures, "frame", "clone: first frame", [one.since(FRAME) for one in clones], aim=0.3)
     answered = [seconds for one in clones if (seconds := one.probed("screenshot")) is not None]
     tell(figures, "http", "clone: the guest answers", answered)
     ready = [one.ready for one in clones]
