@@ -24,6 +24,12 @@ app = typer.Typer(
 
 tasks = typer.Typer(help="Look at task files.", no_args_is_help=True, rich_markup_mode=None)
 app.add_typer(tasks, name="tasks")
+images = typer.Typer(help="What docker and qemu desktops are made of.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(images, name="images")
+templates = typer.Typer(
+    help="Virtual machines that others are cloned from.", no_args_is_help=True, rich_markup_mode=None
+)
+app.add_typer(templates, name="templates")
 
 Paths = Annotated[list[Path], typer.Argument(metavar="PATH", help="Task files, and folders that hold some.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -144,6 +150,95 @@ def rescore(
 
     async def run() -> int:
         return await again(bundle, load(), as_json=as_json)
+
+    raise SystemExit(talk(run()))
+
+
+@images.command("ls")
+def list_images(as_json: Json = False) -> None:
+    """Show what is on this host, what these settings need, and the command that gets what is missing.
+
+    Exit codes: 0 what they need is here, 1 something is missing.
+    """
+    from .images import ls
+    from .settings import load
+
+    async def run() -> int:
+        return await ls(load(), as_json=as_json)
+
+    raise SystemExit(talk(run()))
+
+
+@images.command("pull")
+def pull_image(
+    image: Annotated[str | None, typer.Argument(help="Its name; default ENVD_DOCKER_IMAGE.")] = None,
+) -> None:
+    """Get an image from its registry. Ours come from `make images`."""
+    from .pulling import pull
+    from .settings import load
+
+    async def run() -> int:
+        return await pull(load(), image)
+
+    raise SystemExit(talk(run()))
+
+
+@templates.command("ls")
+def list_templates(as_json: Json = False) -> None:
+    """Show every template of this user: what it is of, what it takes, whether it is used and if not, why."""
+    from .settings import load
+    from .templates import ls
+
+    async def run() -> int:
+        return await ls(load(), as_json=as_json)
+
+    raise SystemExit(talk(run()))
+
+
+@templates.command("create")
+def create_template() -> None:
+    """Boot a machine with these settings now and freeze it.
+
+    The next reset clones it. Needs no daemon, and may run beside one. Exit codes: 0 there is one, 1 there is not.
+    """
+    from .template_creation import create
+    from .settings import load
+
+    async def run() -> int:
+        return await create(load())
+
+    raise SystemExit(talk(run()))
+
+
+@templates.command("rm")
+def remove_templates(
+    keys: Annotated[list[str] | None, typer.Argument(metavar="KEY", help="As `ls` shows it, or its beginning.")] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Every template of this user.")] = False,
+) -> None:
+    """Remove templates. Desktops that were cloned from them keep running."""
+    from .settings import load
+    from .templates import remove
+
+    async def run() -> int:
+        return await remove(load(), keys or [], everything=everything)
+
+    raise SystemExit(talk(run()))
+
+
+@templates.command("verify")
+def verify_templates(
+    key: Annotated[str | None, typer.Argument(help="As `ls` shows it, or its beginning; default all.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read templates from end to end and compare them with what was written down when they were made.
+
+    Exit codes: 0 all are as they were, 1 one is not.
+    """
+    from .settings import load
+    from .templates import verify
+
+    async def run() -> int:
+        return await verify(load(), key, as_json=as_json)
 
     raise SystemExit(talk(run()))
 
