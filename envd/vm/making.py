@@ -24,14 +24,16 @@ from ..errors import BootFailed, InfraError
 from ..guest import Guest
 from .capacity import OVERHEAD
 from .identity import give_identity, has_helper
-from .running import OVERLAY_FILE, Machines, Running, answers, memory_taken
+from .running import OVERLAY_FILE, Machines, Running, answers, memory_taken, process_of, processor_taken
 from .saved import Saved
 from .serial import PHASES
 from .templates import OVERLAY, STATE, Plan, Template, Templates, Trial
 from .trial import host_io_works
 
-STILL, STILL_LIMIT = 2.0, 30.0
-"""Seconds without a change after which a screen has settled, and after which one that never does is taken as it is."""
+STILL, STILL_LIMIT = 2.0, 90.0
+"""Seconds without a change after which a guest has settled, and after which one that never does is taken as it is."""
+BUSY = 0.4
+"""Processors that a settled guest uses at most. Emulated, an idle desktop with a browser takes 0.1 to 0.2."""
 _LOOK = 0.25
 HANG_UP = 20.0
 """Seconds that connections into the guest are given to end by themselves. Whoever probed it keeps his for 15."""
@@ -102,14 +104,23 @@ class Making:
         if hanging_up.cancelled_caught:
             report.note("Somebody stayed connected to the machine that became the template; clones see that break.")
         with anyio.move_on_after(STILL_LIMIT) as settling:
-            last, since = b"", 0.0
-            while anyio.current_time() - since < STILL:
-                picture = await running.console.picture()
-                if picture != last:
-                    last, since = picture, anyio.current_time()
-                await anyio.sleep(_LOOK)
+            process = await anyio.to_thread.run_sync(process_of, running.run)
+            while not await self._is_still(running, process):
+                report.progress("waiting until the guest has nothing more to do")
         if settling.cancelled_caught:
-            report.note(f"The screen never stood still for {STILL:g} s; the template was made of it as it was.")
+            report.note(f"The guest never kept still for {STILL:g} s; the template was made of it as it was.")
+
+    async def _is_still(self, running: Running, process: Path | None) -> bool:
+        """Whether the screen did not change for a while, and the guest left its processors idle, which shows also what
+        no screen does: in an emulated guest a program may be seconds away from its next line."""
+        began, picture = anyio.current_time(), await running.console.picture()
+        before = await anyio.to_thread.run_sync(processor_taken, process)
+        while anyio.current_time() - began < STILL:
+            await anyio.sleep(_LOOK)
+            if await running.console.picture() != picture:
+                return False
+        after = await anyio.to_thread.run_sync(processor_taken, process)
+        return before is None or after is None or after - before < STILL * BUSY
 
     async def _try(
         self, plan: Plan, spec: InstanceSpec, report: Report, directory: Path, frame: str, helper: bool
@@ -153,7 +164,8 @@ class Making:
             report.note(f"Clones keep the template's host name and machine id, and their clocks are behind: {error}")
         for url in (running.endpoints.guest, running.endpoints.cdp):
             await answers(self.session, url, pause=0.2)
-        taken = await anyio.to_thread.run_sync(memory_taken, running.run)
+        process = await anyio.to_thread.run_sync(process_of, running.run)
+        taken = await anyio.to_thread.run_sync(memory_taken, process)
         if not self.host_io:
             return Trial(frame=frame, identity=how, clone_bytes=taken)
         seen = await host_io_works(running.console, guest)

@@ -238,19 +238,36 @@ async def answers(session: aiohttp.ClientSession, url: str, *, pause: float) -> 
             await anyio.sleep(pause)
 
 
-def memory_taken(run: Path) -> int | None:
-    """Bytes that the QEMU of this /run/vm has for itself, shared files left out; None where that cannot be seen.
+def process_of(run: Path) -> Path | None:
+    """The folder in /proc of the QEMU of this /run/vm; None where it cannot be seen.
 
     Whoever made a socket to listen on is its peer (SO_PEERCRED), also in another container. Blocks.
     """
     try:
         with open_identity(run) as sock:
             pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
-        rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return None
+    return Path(f"/proc/{pid}") if pid else None
+
+
+def memory_taken(process: Path | None) -> int | None:
+    """Bytes that it has for itself: files that it shares with others left out. Blocks."""
+    try:
+        rollup = (process / "smaps_rollup").read_text() if process else ""
     except OSError:
         return None
     found = re.search(r"^Anonymous:\s+(\d+) kB", rollup, re.MULTILINE)
     return int(found[1]) * 1024 if found else None
+
+
+def processor_taken(process: Path | None) -> float | None:
+    """Seconds of processors that it used since it began. Blocks."""
+    try:
+        words = (process / "stat").read_text().rpartition(")")[2].split() if process else []
+    except OSError:
+        return None
+    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK") if words else None
 
 
 def _lay_out(run: Path, backing: str, size: int) -> None:
