@@ -201,8 +201,8 @@ def create_template() -> None:
 
     The next reset clones it. Needs no daemon, and may run beside one. Exit codes: 0 there is one, 1 there is not.
     """
-    from .template_creation import create
     from .settings import load
+    from .template_creation import create
 
     async def run() -> int:
         return await create(load())

@@ -86,7 +86,11 @@ async def pull(engine: Engine, name: str) -> AsyncGenerator[Pulling, None]:
     Never one of ours: what a registry has under such a name is somebody else's.
     """
     if name.startswith(OURS):
-        raise missing(name)
+        raise ImageMissing(
+            f"{name} is built on this host; no registry has it.",
+            hint="`make images` builds it, and brings it up to date.",
+            image=name,
+        )
     layers: dict[str, tuple[int, int]] = {}
     try:
         async with engine.stream() as docker, aclosing(docker.images.pull(name, stream=True)) as news:  # type: ignore[type-var]  # a generator
