@@ -95,11 +95,14 @@ make_guest_disk() {
   local started=$SECONDS container
   container=$(docker create --label io.envd.build=guest-disk envd/guest:latest)
   trap 'docker rm -f "$container" >/dev/null 2>&1; rm -rf "$work"' EXIT
-  if ! docker export "$container" | docker run --rm -i --label io.envd.build=guest-disk envd/disk-tools:latest >"$work/disk.qcow2" 2>"$work/log"; then
-    tail -n 20 "$work/log" >&2
-    fail "The guest disk could not be made."
-  fi
+  docker export --output "$work/root.tar" "$container"
   docker rm -f "$container" >/dev/null
+  if ! docker run --rm --label io.envd.build=guest-disk --volume "$work:/disk" envd/disk-tools:latest \
+    /disk/root.tar /disk/disk.qcow2 >"$cache/disk.log" 2>&1; then
+    tail -n 20 "$cache/disk.log" >&2
+    fail "The guest disk could not be made; the whole log is $cache/disk.log."
+  fi
+  [ -O "$work/disk.qcow2" ] || docker run --rm --volume "$work:/disk" --entrypoint chown envd/disk-tools:latest "$(id -u):$(id -g)" /disk/disk.qcow2
   trap 'rm -rf "$work"' EXIT
   mv "$work/disk.qcow2" "$disk"
   ln -sfn "${disk##*/}" "$cache/guest-disk.qcow2"

@@ -235,10 +235,13 @@ class Runner:
 
 
 def listen(port: int) -> socket.socket:
-    """A socket that listens on all addresses of IPv4. Raises OSError."""
+    """A socket that listens on all addresses of IPv4. Raises SystemExit when the port is taken."""
     listener = socket.socket()
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("0.0.0.0", port))
+    try:
+        listener.bind(("0.0.0.0", port))
+    except OSError as error:
+        raise SystemExit(f"Port {port} cannot be had here ({error.strerror}): give this container a network of its own.") from None
     listener.listen(128)
     return listener
 

@@ -1,10 +1,11 @@
 #!/bin/sh
-# Reads the guest's root filesystem as a tar archive, and writes a disk image (qcow2) that boots by BIOS. It needs no
-# privileges but to own files as anybody: nothing is mounted. Disk: a boot record, a FAT partition with kernel, initial
-# root and boot loader, and an ext4 partition with the rest.
+# make-disk ROOT.tar DISK.qcow2 [MEGABYTES]: makes a disk that boots by BIOS of a root filesystem. It needs no privileges
+# but to own files as anybody: nothing is mounted. Disk: a boot record, a FAT partition with kernel, initial root and
+# boot loader, and an ext4 partition with the rest.
 set -eu
-exec 3>&1 1>&2
-size_mb=${1:-8192}
+archive=$1
+target=$2
+size_mb=${3:-8192}
 boot_start=2048 boot_sectors=131072
 root_start=$((boot_start + boot_sectors))
 root_mb=$((size_mb - root_start / 2048 - 1))
@@ -15,7 +16,7 @@ uuid=6f2d1c1e-0000-4000-8000-656e76640001
 work=$(mktemp -d)
 cd "$work"
 mkdir root boot
-tar -C root --numeric-owner -xf -
+tar -C root --numeric-owner -xf "$archive"
 mv root/boot/* boot/
 rm -rf root/.dockerenv root/dev root/proc root/sys root/run
 mkdir root/dev root/proc root/sys root/run
@@ -25,11 +26,10 @@ printf 'nameserver 10.0.2.3\n' >root/etc/resolv.conf
 rm -f root/etc/machine-id root/var/lib/dbus/machine-id
 
 # No checksums of metadata and no tables to be made later: both would be work for an emulated processor.
-mke2fs -q -t ext4 -d root -U $uuid -E hash_seed=$uuid,lazy_itable_init=0,lazy_journal_init=0,nodiscard \
-    -O ^metadata_csum,^orphan_file -J size=32 -i 32768 -m 0 -L envd-root root.ext4 ${root_mb}M
-rm -r root
-
 truncate -s "${size_mb}M" disk
+mke2fs -q -t ext4 -d root -U $uuid -E offset=$((root_start * 512)),hash_seed=$uuid,lazy_itable_init=0,lazy_journal_init=0,nodiscard \
+    -O ^metadata_csum,^orphan_file -J size=32 -i 32768 -m 0 -L envd-root disk ${root_mb}M
+
 printf 'label: dos\nlabel-id: 0x656e7664\n%s,%s,6,*\n%s,%s,83\n' \
     $boot_start $boot_sectors $root_start $((root_mb * 2048)) | sfdisk -q disk
 dd if=/usr/lib/syslinux/mbr/mbr.bin of=disk bs=440 count=1 conv=notrunc status=none
@@ -46,8 +46,4 @@ mkfs.fat -F 16 -n ENVD-BOOT -i 656e7664 --invariant -h $boot_start boot.fat >/de
 mcopy -i boot.fat boot/* ::/
 syslinux --install boot.fat
 dd if=boot.fat of=disk bs=1M seek=$((boot_start / 2048)) conv=notrunc,sparse status=none
-dd if=root.ext4 of=disk bs=1M seek=$((root_start / 2048)) conv=notrunc,sparse status=none
-rm root.ext4
-qemu-img convert -f raw -O qcow2 -o lazy_refcounts=off disk disk.qcow2
-rm disk
-cat disk.qcow2 >&3
+qemu-img convert -f raw -O qcow2 disk "$target"
