@@ -215,7 +215,10 @@ def remove_templates(
     keys: Annotated[list[str] | None, typer.Argument(metavar="KEY", help="As `ls` shows it, or its beginning.")] = None,
     everything: Annotated[bool, typer.Option("--all", help="Every template of this user.")] = False,
 ) -> None:
-    """Remove templates. Desktops that were cloned from them keep running."""
+    """Remove templates. One that a daemon uses is kept.
+
+    Exit codes: 0 they are gone, 1 one was kept or there is no such template.
+    """
     from .settings import load
     from .templates import remove
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from .client.transport import OnRetry
 from .daemon import daemon_id, locked
 from .errors import SettingsError
 from .events import EventLog
+from .images import look
 from .listing import console
 from .models import Event, ResetPath
 from .service import Service, open_service
@@ -32,8 +34,7 @@ async def create(settings: Settings, output: Console | None = None) -> int:
     Raises StartError when the provider cannot be used or has no templates, StateDirLocked when another one is at it.
     """
     output = output or console()
-    if settings.templates == "off":
-        raise SettingsError("ENVD_TEMPLATES=off: machines are booted each time.", hint="Unset it to have a template.")
+    await _refuse_without_templates(settings)
     log.setup("error", settings.log_format)
     async with _machines(settings) as service:
         if service.driver.next_path() is ResetPath.RESTORE:
@@ -46,7 +47,32 @@ async def create(settings: Settings, output: Console | None = None) -> int:
         if service.driver.next_path() is not ResetPath.RESTORE:
             output.out("No template came of it; what was told above says why.")
             return 1
+    await run_sync(_hand_over, settings)
     return 0
+
+
+async def _refuse_without_templates(settings: Settings) -> None:
+    """Raise what keeps these settings from ever having one, before anything is booted for nothing."""
+    if settings.templates == "off":
+        raise SettingsError("ENVD_TEMPLATES=off: machines are booted each time.", hint="Unset it to have a template.")
+    hint = "Set PROVIDER=docker and ENVD_DOCKER_IMAGE=envd/qemu, or PROVIDER=qemu."
+    if settings.provider not in ("docker", "qemu"):
+        raise SettingsError(f"PROVIDER={settings.provider} makes no virtual machines to clone.", hint=hint)
+    if settings.provider == "docker":
+        (image, *_), trouble = await look(settings)
+        if trouble is not None:
+            raise trouble
+        if image.present and image.kind != "qemu":
+            raise SettingsError(f"Desktops of {image.name} cannot be cloned: it is no machine of ours.", hint=hint)
+
+
+def _hand_over(settings: Settings) -> None:
+    """A template's full state lies on the disk of who made it; the daemon looks for it at its own place."""
+    for state in settings.state_dir.glob(f"{PLACE}/{settings.provider}/saved/*"):
+        place = settings.state_dir / settings.provider / "saved" / state.name
+        place.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        shutil.rmtree(place, ignore_errors=True)
+        state.rename(place)
 
 
 @asynccontextmanager
