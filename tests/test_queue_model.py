@@ -25,14 +25,27 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from PIL import Image
 
-from envd.boot import fleet, queue
+from envd.boot import account, fleet, queue, spares
+from envd.boot.estimates import Estimates
 from envd.boot.queue import Reset
 from envd.bundles import Bundles
 from envd.drivers.base import Death, Driver, InstanceSpec, Made, Report, Traits
 from envd.episodes import Envs
 from envd.errors import BootFailed, Draining, InfraError, QueueFull
 from envd.events import EventLog
-from envd.models import DesktopState, Endpoints, EnvState, Event, Job, JobState, Probe, ProbeResult, Settled
+from envd.models import (
+    DesktopState,
+    Endpoints,
+    EnvState,
+    Event,
+    Job,
+    JobKind,
+    JobState,
+    Probe,
+    ProbeResult,
+    ResetPath,
+    Settled,
+)
 from envd.service import Service
 from envd.settings import Settings
 from envd.store import MemoryStore
@@ -81,6 +94,8 @@ class Plan:
     dies_s: float | None = None
     destroy_s: float = 0.1
     destroy_fails: int = 0
+    admit_s: float = 0.0
+    restore_fails: bool = False
 
 
 PLANS = st.builds(
@@ -93,6 +108,8 @@ PLANS = st.builds(
     dies_s=st.sampled_from([None, None, None, 0.0, 3.0, 10.0]),
     destroy_s=st.sampled_from([0.0, 0.1, 10.0, 50.0]),
     destroy_fails=st.sampled_from([0, 0, 0, 1, 3]),
+    admit_s=st.sampled_from([0.0, 0.0, 2.0, 40.0]),
+    restore_fails=st.sampled_from([False, False, True]),
 )
 
 
@@ -101,19 +118,26 @@ class Instance:
         self.plan = plan
         self.dead = asyncio.Event()
         self.ready = False
+        self.path: ResetPath | None = None
         self.refusals = plan.destroy_fails
 
 
 class PlannedDriver(Driver):
-    """Instances that are nothing but their plan. `begins` is called with each that is asked for."""
+    """Instances that are nothing but their plan. `begins` is called with each that begins to boot or to be restored.
+
+    One that `clones` makes a template of what it boots, and restores it from then on until the template is lost.
+    """
 
     name = "planned"
 
-    def __init__(self, traits: Traits) -> None:
+    def __init__(self, traits: Traits, *, clones: bool) -> None:
         self.traits = traits
+        self.clones = clones
+        self.template = False
+        self.turn = asyncio.Lock()
         self.plans: list[Plan] = []
         self.instances: dict[str, Instance] = {}
-        self.begins: Callable[[InstanceSpec], None] = lambda spec: None
+        self.begins: Callable[[tuple[InstanceSpec, ResetPath]], None] = lambda begun: None
 
     async def __aenter__(self) -> Self:
         return self
@@ -123,15 +147,58 @@ class PlannedDriver(Driver):
     ) -> None:
         return None
 
+    def next_path(self) -> ResetPath:
+        return ResetPath.RESTORE if self.template else ResetPath.COLD
+
+    async def admit(self, report: Report) -> None:
+        if self.plans and self.plans[0].admit_s:
+            report.progress("waiting for room, as planned")
+            await asyncio.sleep(self.plans[0].admit_s)
+
     async def create(self, spec: InstanceSpec, report: Report) -> Made:
-        self.begins(spec)
         instance = self.instances[spec.id] = Instance(self.plans.pop(0) if self.plans else Plan())
+        endpoints = Endpoints(guest=spec.id, cdp=spec.id)
+        if not self.clones:
+            await self.boot(spec, instance)
+            return Made(endpoints)
+        if not self.template:
+            async with self.turn:
+                if not self.template:
+                    report.phase("template")
+                    await self.boot_until_ready(spec, instance, report)
+                    instance.ready = False
+                    self.template = True
+        self.begin(spec, instance, ResetPath.RESTORE)
+        await asyncio.sleep(0.5)
+        if not instance.plan.restore_fails:
+            return Made(endpoints, ResetPath.RESTORE, b"a frame")
+        instance.path = None
+        report.note("as planned")
+        async with self.turn:
+            await self.boot_until_ready(spec, instance, report)
+        return Made(endpoints)
+
+    async def boot_until_ready(self, spec: InstanceSpec, instance: Instance, report: Report) -> None:
+        """The turn of whoever boots is over when the guest answers, or the machine does not run any more."""
+        try:
+            await self.boot(spec, instance)
+            await report.ready(Endpoints(guest=spec.id, cdp=spec.id))
+        except BaseException:
+            instance.path = None
+            raise
+
+    async def boot(self, spec: InstanceSpec, instance: Instance) -> None:
+        self.begin(spec, instance, ResetPath.COLD)
         await asyncio.sleep(instance.plan.create_s)
         if instance.plan.create_raises is not None:
             raise instance.plan.create_raises("as planned")
         if instance.plan.dies_s is not None:
             asyncio.get_running_loop().call_later(instance.plan.dies_s, instance.dead.set)
-        return Made(Endpoints(guest=spec.id, cdp=spec.id))
+
+    def begin(self, spec: InstanceSpec, instance: Instance, path: ResetPath) -> None:
+        instance.path = None
+        self.begins((spec, path))
+        instance.path = path
 
     async def destroy(self, instance_id: str) -> None:
         if instance := self.instances.get(instance_id):
@@ -180,6 +247,21 @@ class LivingChrome:
         return {"Browser": "Chrome"}
 
 
+class LivingGuest:
+    def __init__(self, session: Any, url: str) -> None:
+        self.url = url
+
+    async def answers(self, timeout: float) -> None: ...
+
+
+class NoMemory(Estimates):
+    """Boots of this life alone: files would take turns of a clock that is not the loop's."""
+
+    async def load(self) -> None: ...
+
+    async def save(self) -> None: ...
+
+
 class NoEvidence:
     """Bundles, and each bundle: writing would take turns of a clock that is not the loop's."""
 
@@ -211,16 +293,22 @@ class QueueMachine(RuleBasedStateMachine):
     """Rules act, then let the loop take some turns; the invariants are looked at in between, and at every event."""
 
     traits: ClassVar[Traits] = Traits(monitor_interval_s=1000)
+    clones: ClassVar[bool] = False
+    spares: ClassVar[int] = 0
 
     def __init__(self) -> None:
         super().__init__()
         self.loop = Clockwork()
-        self.driver = PlannedDriver(self.traits)
+        self.driver = PlannedDriver(self.traits, clones=self.clones)
         self.patch = pytest.MonkeyPatch()
         clock = SimpleNamespace(monotonic=self.loop.time, time=lambda: 1e9 + self.loop.time())
         self.patch.setattr(queue, "time", clock)
         self.patch.setattr(fleet, "time", clock)
+        self.patch.setattr(spares, "time", clock)
+        self.patch.setattr(account, "time", clock)
+        self.patch.setattr(queue, "Estimates", NoMemory)
         self.patch.setattr(fleet, "Cdp", LivingChrome)
+        self.patch.setattr(fleet, "Guest", LivingGuest)
         self.patch.setattr(fleet, "Readiness", lambda **how: PlannedReadiness(self.driver, **how))
         seen = picture()
 
@@ -249,6 +337,7 @@ class QueueMachine(RuleBasedStateMachine):
             ready_timeout=READY_TIMEOUT,
             queue_timeout=2000,
             setup_attempts=SETUP_ATTEMPTS,
+            spares=self.spares,
         )
         events = EventLog()
         publish, heard = events.publish, self.noted(self.heard)
@@ -295,7 +384,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.ask(self.queue.submit_prewarm)
 
     def ask(self, submit: Callable[[], Job]) -> None:
-        waiting = len(self.queue.waiting())
+        waiting = self.queue.callers_waiting
 
         async def asked() -> None:
             try:
@@ -362,6 +451,11 @@ class QueueMachine(RuleBasedStateMachine):
     def plan(self, plan: Plan) -> None:
         self.driver.plans.append(plan)
 
+    @precondition(lambda self: self.driver.template)
+    @rule()
+    def lose_the_template(self) -> None:
+        self.driver.template = False
+
     @rule(turns=st.sampled_from([1, 1, 2, 3, 5, 8, 12]))
     def turn(self, turns: int) -> None:
         async def turned() -> None:
@@ -403,10 +497,13 @@ class QueueMachine(RuleBasedStateMachine):
         if self.broken:
             raise self.broken[0]
 
-    def boot_begins(self, spec: InstanceSpec) -> None:
-        """Invariant 1, and for a provider without room, that the env's old desktop is gone."""
-        booting = [one for one in self.driver.instances.values() if not one.ready]
-        assert len(booting) < self.traits.boot_width, "one boot too many"
+    def boot_begins(self, begun: tuple[InstanceSpec, ResetPath]) -> None:
+        """Invariant 1, restores only as wide as is allowed, and for a provider without room, that the env's old desktop
+        is gone."""
+        spec, path = begun
+        under_way = [one for one in self.driver.instances.values() if not one.ready and one.path is path]
+        width = self.traits.boot_width if path is ResetPath.COLD else self.traits.restore_width
+        assert len(under_way) < width, f"one {path} too many"
         if not self.traits.make_before_break:
             envs = {job.env for job in self.queue.booting() if job.desktop_id == spec.id and job.env is not None}
             assert not [one for one in self.fleet.desktops() if one.env in envs]
@@ -427,8 +524,9 @@ class QueueMachine(RuleBasedStateMachine):
             if phase.name == "queue":
                 tries.append([])
             tries[-1].append(phase.name)
-        assert all(len(set(names)) == len(names) for names in tries)
-        assert len(tries) <= job.attempts + 1 <= 1 + SETUP_ATTEMPTS
+        assert all(len(set(names)) == len(names) for names in tries), tries
+        assert len(tries) <= job.attempts + 1 + self.clones
+        assert job.attempts <= SETUP_ATTEMPTS
         assert {probe.name for probe in job.probes} <= {"screenshot", "chrome_cdp"}
         assert (job.error is not None) is (job.state in (JobState.FAILED, JobState.EXPIRED))
         assert job.error is None or job.error.code != "internal_error"
@@ -459,8 +557,15 @@ class QueueMachine(RuleBasedStateMachine):
         assert [(job.position, job.ahead) for job in waiting] == [
             (place, place - 1 + len(booting)) for place in range(1, len(waiting) + 1)
         ]
-        assert len(waiting) <= LIMIT
-        assert len(booting) <= self.traits.boot_width
+        assert len([job for job in waiting if job.kind is not JobKind.SPARE]) <= LIMIT
+        assert len(booting) <= self.traits.boot_width + self.clones * self.traits.restore_width
+
+    @invariant()
+    def spares_are_made_behind_everybody_else(self) -> None:
+        kinds = [job.kind is JobKind.SPARE for job in self.queue.waiting()]
+        assert kinds == sorted(kinds)
+        spares = [job for job in self.queue.active() if job.kind is JobKind.SPARE]
+        assert len(spares) <= self.spares
 
     @invariant()
     def an_env_has_one_job_that_runs_and_one_that_waits(self) -> None:
@@ -512,13 +617,20 @@ class QueueMachine(RuleBasedStateMachine):
         assert desktops == set(self.driver.instances)
         assert not [one for one in self.driver.instances.values() if one.dead.is_set()]
         assert len(desktops) == len(playing) + self.fleet.spares
-        assert len(asyncio.all_tasks()) - 1 <= self.tasks_at_rest + 3 * len(desktops)
+        assert self.closed or self.fleet.spares >= self.spares
+        assert len(asyncio.all_tasks()) - 1 <= self.tasks_at_rest + 4 * len(desktops)
         assert all(env.state is not EnvState.RESETTING for env in self.service.all_envs())
         self.nothing_was_found_wrong()
 
 
 class WideMachine(QueueMachine):
     traits: ClassVar[Traits] = Traits(boot_width=3, make_before_break=False, monitor_interval_s=1000)
+
+
+class CloningMachine(QueueMachine):
+    traits: ClassVar[Traits] = Traits(restore_width=2, monitor_interval_s=1000)
+    clones: ClassVar[bool] = True
+    spares: ClassVar[int] = 2
 
 
 CHOSEN = settings(
@@ -531,5 +643,7 @@ CHOSEN = settings(
 )
 TestOneBootAtATime = QueueMachine.TestCase
 TestOneBootAtATime.settings = CHOSEN
+TestRestoresBesideABootAndSpares = CloningMachine.TestCase
+TestRestoresBesideABootAndSpares.settings = CHOSEN
 TestSeveralBootsWithoutRoomForTheOldDesktop = WideMachine.TestCase
 TestSeveralBootsWithoutRoomForTheOldDesktop.settings = CHOSEN

@@ -316,7 +316,9 @@ class Fleet:
                 tasks.start_soon(look, guest, self.guest(desktop).answers)
         except InfraError:  # it cannot be resumed
             return False
-        return not (chrome.missed or guest.missed)
+        # It may have died while it was asked.
+        now = self._entries.get(desktop.id)
+        return not (chrome.missed or guest.missed or now is None or now.lost.is_set())
 
     def assign(self, desktop: Desktop, env: int) -> Desktop:
         """The desktop, in use by `env` from here on."""

@@ -400,7 +400,7 @@ class BootQueue:
 
     @property
     def spare_width(self) -> int:
-        return self._width(self._fleet.next_path())
+        return 0 if self._closed else self._width(self._fleet.next_path())
 
     async def stirred(self) -> None:
         await self._wake.wait()

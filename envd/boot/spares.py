@@ -30,7 +30,7 @@ class Maker(Protocol):
 
     @property
     def spare_width(self) -> int:
-        """How many such jobs have a use at once."""
+        """How many such jobs have a use at once; 0 once no new work is taken."""
 
     def submit_spare(self) -> Job: ...
 
@@ -63,7 +63,8 @@ class Spares:
 
     def _width(self) -> int:
         """Where they keep failing there is no use in failing in numbers."""
-        return 1 if self._recent_failures() else self._maker.spare_width
+        width = self._maker.spare_width
+        return min(width, 1) if self._recent_failures() else width
 
     def _recent_failures(self) -> int:
         return self._failures if time.monotonic() - self._failed_at < FORGOTTEN else 0
