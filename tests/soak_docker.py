@@ -108,6 +108,8 @@ def show(kind: str, resets: int, soaked: Soaked) -> None:
     for name in NAMES:
         shown.add_row(name, *(f"{getattr(counts, name):,.0f}" for _, counts in soaked.rows))
     Console(width=max(100, 24 + 9 * len(names))).print(shown)
+    if soaked.rows[0][1].others != soaked.rows[-1][1].others:
+        sys.stdout.write("Totals of the engine and the host are not judged: others came or went meanwhile.\n")
 
 
 def figures(kind: str, resets: int, soaked: Soaked) -> dict[str, Any]:

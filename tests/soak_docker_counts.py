@@ -1,7 +1,8 @@
 """What desktops leave on their host: counted from outside, by what Docker, the kernel and the file system say.
 
 An engine may serve others too, and a host runs other things. So what belonged to each desktop is noted while it lives,
-and looked for when it is gone; the engine's totals are judged only if nobody else changed them.
+and looked for when it is gone; totals of the engine and the host are judged only if nobody else was seen to change
+them.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from bench_figures import rss_mb
 
 from envd.settings import Settings
 
-SLACK = {"rss_mb": 48.0, "shmem_mb": 48.0, "available_mb": -768.0, "fds": 8, "tasks": 4}
+SLACK = {"template_mb": 16.0, "rss_mb": 48.0, "shmem_mb": 48.0, "available_mb": -768.0, "fds": 8, "tasks": 4}
 """By how much a count may have grown (shrunk, if negative). Allocators keep some memory, the host's caches move, and
 connections are kept for half a minute. What is not here may not have changed."""
-TOTALS = ("all_volumes", "all_overlays")
+TOTALS = ("all_volumes", "all_overlays", "shmem_mb", "available_mb")
+"""Of the engine and of the host."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ class Counts:
     state_files: int
     """Below the state directory; not the evidence of episodes, which is kept on purpose."""
     template_files: int
+    template_mb: float
     all_volumes: int
     all_overlays: int
     rss_mb: float
@@ -48,7 +51,7 @@ class Counts:
     shmem_mb: float
     available_mb: float
     others: frozenset[str] = frozenset()
-    """Containers and images on the engine that are not ours."""
+    """What is not ours and may move the totals: containers, images, machines, and entries of /dev/shm."""
 
     def since(self, before: Counts) -> list[str]:
         """What is not where it was, in words."""
@@ -93,11 +96,11 @@ class Ledger:
         return await asyncio.to_thread(self._look, tasks)
 
     def _look(self, tasks: int) -> Counts:
-        alive = {(one.pid, one.started) for one in processes()}
+        every = processes()
+        alive = {(one.pid, one.started) for one in every}
         left = [one for one in self.processes if (one.pid, one.started) in alive]
         volumes = set(docker("volume", "ls", "--quiet").split()) if self.docker else set[str]()
         ours = set(self._containers(f"label=io.envd.daemon={self.daemon}"))
-        others = {*self._containers(), *self._images()} - ours
         return Counts(
             containers=len(ours),
             volumes=len(self.volumes & volumes),
@@ -107,6 +110,7 @@ class Ledger:
             processes=sum(one.name != "docker-proxy" and not one.is_machine for one in left),
             state_files=_files(self.settings.state_dir, without="episodes"),
             template_files=_files(self.settings.template_dir),
+            template_mb=_megabytes(self.settings.template_dir),
             all_volumes=len(volumes),
             all_overlays=len(self._overlays()),
             rss_mb=rss_mb(os.getpid()),
@@ -114,8 +118,14 @@ class Ledger:
             tasks=tasks,
             shmem_mb=memory()["Shmem"] / MB,
             available_mb=memory()["MemAvailable"] / MB,
-            others=frozenset(others),
+            others=self._others(ours, every),
         )
+
+    def _others(self, ours: set[str], every: list[Process]) -> frozenset[str]:
+        known = {(one.pid, one.started) for one in self.processes}
+        machines = {str(one.pid) for one in every if one.is_machine and (one.pid, one.started) not in known}
+        shared = set(os.listdir("/dev/shm")) - {str((self.settings.template_dir or Path()).name)}
+        return frozenset({*self._containers(), *self._images(), *machines, *shared} - ours)
 
     def _containers(self, *filters: str) -> list[str]:
         chosen = [word for one in filters for word in ("--filter", one)]
@@ -142,3 +152,9 @@ def _files(root: Path | None, without: str = "") -> int:
             folders.remove(without)
         found += len(folders) + len(files)
     return found
+
+
+def _megabytes(root: Path | None) -> float:
+    """What the files below `root` take, holes left out."""
+    files = (Path(folder, name) for folder, _, names in os.walk(root or "") for name in names)
+    return sum(file.lstat().st_blocks * 512 for file in files) / MB

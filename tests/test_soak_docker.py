@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
-from bench_docker_service import Place, settings
+from bench_docker_service import place, settings
 from soak_docker import KINDS, soak
+
+import envd.drivers.docker  # noqa: F401 - here, since an import blocks and drivers are imported when they are chosen
 
 SHORT = [
     pytest.param("containers", 8, id="containers", marks=[pytest.mark.docker, pytest.mark.timeout(240)]),
@@ -15,8 +15,8 @@ SHORT = [
 
 
 @pytest.mark.parametrize(("kind", "resets"), SHORT)
-async def test_resets_in_a_row_leave_nothing_behind(kind: str, resets: int, tmp_path: Path) -> None:
-    how = settings(Place(tmp_path / "state", tmp_path / "templates"), **KINDS[kind])
-    soaked = await soak(how, resets)
+async def test_resets_in_a_row_leave_nothing_behind(kind: str, resets: int) -> None:
+    with place() as where:
+        soaked = await soak(settings(where, **KINDS[kind]), resets)
     assert soaked.left == []
     assert soaked.rows[-1][1].containers == 0
