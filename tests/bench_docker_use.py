@@ -9,7 +9,9 @@ import time
 from collections.abc import Awaitable, Callable
 
 import anyio
+import anyio.to_thread
 from bench_docker_figures import Beside
+from bench_docker_memory import MB, held
 from bench_docker_service import ResetFailed, cleared, reset, running, settings
 from bench_docker_vm import Run, tell, with_template
 from bench_figures import in_ms, median_ms, seconds
@@ -138,6 +140,11 @@ async def measure_containers(run: Run) -> None:
         for _ in range(run.resets):
             await cleared(service)
             made.append(await reset(service))
+        await anyio.sleep(REST)
+        idle = await anyio.to_thread.run_sync(held, made[-1].desktop.id, "docker")
     tell(run.figures, "container", "container desktop: cold boot to both probes", [one.ready for one in made], aim=3.0)
     run.figures.spread("container_reset_{}_s", "container desktop: whole reset", [one.whole for one in made], "s")
+    run.figures.add(
+        "container_memory_mb", "container desktop, idle: its processes' share (PSS)", idle.beside / MB, "MB"
+    )
     await _hand_over(run, settings(run.where, spares=1, **how), "container_", "spare container", machines=False)
