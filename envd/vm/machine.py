@@ -43,11 +43,11 @@ class Machine:
         """QEMU's name of the hardware, which a later QEMU makes the same. Micro versions do not have their own."""
         return f"pc-q35-{self.qemu[0]}.{self.qemu[1]}"
 
-    @property
-    def reads_ram_only(self) -> bool:
-        """Whether a clone opens /template/ram for reading only. Before QEMU 8.2 that would have given the guest ROM
-        instead of memory, so the file must be writable though a clone never writes to it."""
-        return self.qemu >= (8, 2, 0)
+
+def clones_read_only(qemu: tuple[int, int, int]) -> bool:
+    """Whether clones of this version open /template/ram for reading only. Before 8.2 that would have given the guest
+    ROM instead of memory, so the file must be writable though a clone never writes to it."""
+    return qemu >= (8, 2, 0)
 
 
 def fingerprint(machine: Machine) -> str:
@@ -117,7 +117,7 @@ def _memory(machine: Machine, ram: Ram) -> str:
     shared = f"memory-backend-file,id=ram,size={machine.memory},mem-path={TEMPLATE}/ram"
     if ram == "template":
         return f"{shared},share=on"
-    return f"{shared},share=off{',readonly=on,rom=off' if machine.reads_ram_only else ''}"
+    return f"{shared},share=off{',readonly=on,rom=off' if clones_read_only(machine.qemu) else ''}"
 
 
 def _vga_memory(width: int, height: int) -> int:
