@@ -109,8 +109,14 @@ class Timeline:
     pictured: float | None
 
     @property
-    def path(self) -> ResetPath | None:
-        return self.job.reset_path
+    def cloned(self) -> bool:
+        """Its desktop is a clone of a template, and not what a failed clone fell back to."""
+        return self.job.reset_path is ResetPath.RESTORE and "restore" not in self.names()
+
+    @property
+    def framed(self) -> float:
+        """A clone's first frame was taken; it is let go on, and made itself next."""
+        return self.since("identity" if "identity" in self.names() else "probe")
 
     @property
     def ready(self) -> float:

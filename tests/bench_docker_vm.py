@@ -21,8 +21,6 @@ from envd.settings import Settings
 
 TEMPLATE_PHASES = ("settle", "freeze", "trial")
 """Between a machine that is ready and the template that it becomes."""
-FRAME = "identity"
-"""The phase that begins when a clone's first frame was taken and it was let go on."""
 IDLE = 10.0
 """Seconds that clones rest before their memory is called idle."""
 CLONES_WEIGHED = 4
@@ -86,12 +84,12 @@ async def measure_clones(run: Run) -> None:
     async with running(run.machines()) as service:
         await with_template(service)
         made = [await _alone(service) for _ in range(run.clones)]
-    clones = [one for one in made if one.path is ResetPath.RESTORE]
+    clones = [one for one in made if one.cloned]
     figures = run.figures
     if len(clones) < len(made):
         words = f"{len(made) - len(clones)} of {len(made)} resets were no clones and are in no figure of clones."
         figures.note("not_clones", words)
-    tell(figures, "frame", "clone: first frame", [one.since(FRAME) for one in clones], aim=0.3)
+    tell(figures, "frame", "clone: first frame", [one.framed for one in clones], aim=0.3)
     answered = [seconds for one in clones if (seconds := one.probed("screenshot")) is not None]
     tell(figures, "http", "clone: the guest answers", answered)
     ready = [one.ready for one in clones]
@@ -120,7 +118,7 @@ async def measure_bursts(run: Run) -> None:
         for width in run.bursts:
             made = await asyncio.gather(*(reset(service, env) for env in range(width)), return_exceptions=True)
             await cleared(service)
-            ready = [one.ready for one in made if isinstance(one, Timeline) and one.path is ResetPath.RESTORE]
+            ready = [one.ready for one in made if isinstance(one, Timeline) and one.cloned]
             if len(ready) < width:
                 failed = next((str(one) for one in made if isinstance(one, BaseException)), "some were booted cold")
                 run.figures.note(f"burst_{width}", f"burst of {width}: {len(ready)} clones were ready. {failed}")
@@ -128,7 +126,7 @@ async def measure_bursts(run: Run) -> None:
             aim = 6.0 if width == 12 else None
             name, what = f"burst_{width}", f"burst of {width}"
             run.figures.against(name, f"{name}_all_s", f"{what}: all ready", max(ready), "s", aim=aim)
-            run.figures.against("burst_first", f"{name}_first_s", f"{what}: the first ready", min(ready), "s")
+            run.figures.add(f"{name}_first_s", f"{what}: the first ready", min(ready), "s")
 
 
 async def measure_memory(run: Run) -> None:

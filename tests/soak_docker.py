@@ -76,7 +76,7 @@ async def _episode(service: Service, ledger: Ledger, steps: int) -> tuple[float,
     await asyncio.to_thread(ledger.note, timeline.desktop.id)
     for _ in range(steps):
         await service.step(0, STEP)
-    return timeline.ready, str(timeline.path)
+    return timeline.ready, str(timeline.job.reset_path)
 
 
 async def _at_rest(ledger: Ledger) -> Counts:
