@@ -13,7 +13,7 @@ from ...vm.monitor import Monitor
 from ..base import Death, Report
 from . import recipes
 from .containers import Containers
-from .engine import Engine
+from .engine import About, Engine
 from .images import Image
 
 LAYER = 128 * 1024**2
@@ -39,10 +39,8 @@ class DockerCell(Cell):
             self._daemon_id, spec.desktop_id, spec.role, job=spec.job_id, env=spec.env, deadline=spec.deadline
         )
         about = self._engine.about
-        # An engine that runs as this user maps it to root: nobody else in there has its rights.
-        user = "0:0" if about.rootless else f"{os.getuid()}:{os.getgid()}"
         recipe = await anyio.to_thread.run_sync(
-            lambda: recipes.of_cell(self._image.id, who, spec, user=user, own_users=about.remapped)
+            lambda: recipes.of_cell(self._image.id, who, spec, user=user_of(about), own_users=about.remapped)
         )
         self._ports[spec.name] = await self._containers.start(spec.name, recipe, report, disk=LAYER)
 
@@ -63,3 +61,9 @@ class DockerCell(Cell):
 
     async def names(self) -> dict[str, str]:
         return await self._containers.names()
+
+
+def user_of(about: About) -> str:
+    """This process's user, as uid:gid inside. An engine that runs as this user maps it to root: nobody else in there
+    has its rights."""
+    return "0:0" if about.rootless else f"{os.getuid()}:{os.getgid()}"

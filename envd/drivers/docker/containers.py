@@ -42,6 +42,8 @@ PORT_TRIES = 3
 ENGINE_KEEPS = 64 * 1024**2
 """Disk that the engine itself needs for one container: its log and its records."""
 
+_CANNOT_RUN = 127
+"""What shells say of a program that is not there."""
 _ID = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 
 
@@ -91,6 +93,24 @@ class Containers:
             return await self._start(name, recipe, report, making)
         finally:
             del self._making[name]
+
+    async def run(self, name: str, recipe: Mapping[str, Any], within: float) -> tuple[int | None, str]:
+        """Run it to its end, for `within` seconds at most, and remove it. Returns its exit code, None if it had to be
+        killed, and the end of what it printed. Raises BootFailed when it cannot be made."""
+        try:
+            life = await self._create(name, recipe, _Making(recipe["Labels"][DESKTOP]))
+            try:
+                async with self._engine.asking("start a container", START) as docker:
+                    await docker.containers.container(life.id).start()
+            except BootFailed as error:
+                return _CANNOT_RUN, error.detail
+            code = None
+            with anyio.move_on_after(within):
+                code = (await life.ended()).exit_code
+            return code, "\n".join(await logs.tail(self._engine, life.id, 20))
+        finally:
+            with anyio.CancelScope(shield=True):
+                await self.remove(name=name)
 
     async def remove(self, *, desktop: str = "", name: str = "") -> None:
         """End and remove every container that was made for the desktop, or the one of that name, with its volumes.

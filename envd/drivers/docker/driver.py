@@ -16,12 +16,15 @@ from ...errors import BootFailed, DiskUnusable, ImageMissing, SettingsError, Sta
 from ...models import ResetPath
 from ...settings import Settings
 from ...vm.disks import check_disk
+from ...vm.engine import Engine as Machines
+from ...vm.kvm import Kvm
 from ..base import Console, Death, Driver, InstanceSpec, Made, Report, Traits
 from . import images
 from .containers import Containers
 from .desktops import ContainerDesktops
 from .engine import OLDEST_API, Engine, api_version, start_error
 from .images import Image
+from .machines import Trials, machines, traits_of
 
 logger = structlog.get_logger(__name__)
 
@@ -42,7 +45,7 @@ class DockerDriver(Driver):
         self._settings = settings
         self._daemon_id = daemon_id
         self._image: Image | None = None
-        self._desktops: ContainerDesktops
+        self._desktops: ContainerDesktops | Machines
         self._open: AsyncExitStack
 
     @property
@@ -77,19 +80,27 @@ class DockerDriver(Driver):
         self._image = image = await self._have_image(engine)
         containers = Containers(engine, self._daemon_id)
         disk = await self._disk_for(image)
-        self._desktops = ContainerDesktops(
-            self._settings, self._daemon_id, containers, image, cpus=engine.about.cpus, disk=disk
-        )
-        self.traits: Traits = self._desktops.traits
         await opening.enter_async_context(containers)
-        logger.info(
-            "docker",
-            engine=engine.about.version,
-            socket=str(engine.socket),
-            image=str(image),
-            kind=image.kind,
-            disk=disk and str(disk),
-        )
+        kvm: Kvm | None = None
+        if image.kind == "qemu":
+            made, kvm = await machines(self._settings, self._daemon_id, engine, containers, image)
+            self._desktops = await opening.enter_async_context(made)
+            self.traits: Traits = await traits_of(made, self._settings)
+        else:
+            if disk is not None:
+                kvm = await Trials(engine, containers, image, self._daemon_id).kvm(self._settings)
+            self._desktops = desktops = ContainerDesktops(
+                self._settings,
+                self._daemon_id,
+                containers,
+                image,
+                cpus=engine.about.cpus,
+                disk=disk,
+                kvm=kvm is not None and kvm.works,
+            )
+            self.traits = desktops.traits
+        told = {"kvm": kvm.state.value, "detail": kvm.detail, "fix": kvm.fix} if kvm else {}
+        logger.info("docker", engine=engine.about.version, image=str(image), kind=image.kind, **told)
 
     async def _have_image(self, engine: Engine) -> Image:
         name = self._settings.docker_image

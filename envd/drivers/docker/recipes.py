@@ -6,14 +6,14 @@ more than its memory ends alone. Its ports are published on 127.0.0.1 alone, wit
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from ...models import Endpoints
 from ...vm.cell import DISK, RUN, TEMPLATE, CellSpec
+from ...vm.kvm import DEVICE
 
 MIB, GIB = 1024**2, 1024**3
 
@@ -95,7 +95,7 @@ def of_foreign(
     environment = {"DISK_SIZE": _letters(disk_size), "RAM_SIZE": _letters(memory), "CPU_CORES": str(cpus)}
     host: dict[str, Any] = {"CapAdd": ["NET_ADMIN"]}
     if kvm:
-        host["Devices"] = [_KVM]
+        host |= _kvm()
     else:
         environment["KVM"] = "N"
     if disk is not None:
@@ -123,9 +123,17 @@ def of_cell(image: str, who: Identity, spec: CellSpec, *, user: str, own_users: 
     if own_users:
         host["UsernsMode"] = "host"
     if spec.kvm:
-        host |= {"Devices": [_KVM], "GroupAdd": [str(os.stat(_KVM["PathOnHost"]).st_gid)]}
+        host |= _kvm()
     recipe = _recipe(image, who, environment={}, memory=spec.memory + BESIDE, host=host)
     return recipe | {"Cmd": list(spec.argv), "User": user}
+
+
+def of_trial(image: str, who: Identity, argv: Sequence[str], *, user: str, kvm: bool) -> dict[str, Any]:
+    """A program of the image that is run once, to see what it does: without ports, network or rights."""
+    host: dict[str, Any] = {"CapDrop": ["ALL"], "SecurityOpt": ["no-new-privileges:true"], "NetworkMode": "none"}
+    recipe = _recipe(image, who, environment={}, memory=GIB, host=host | (_kvm() if kvm else {}))
+    recipe["HostConfig"].pop("PortBindings")
+    return recipe | {"Entrypoint": list(argv), "Cmd": [], "ExposedPorts": {}, "User": user}
 
 
 def endpoints(ports: Mapping[int, int]) -> Endpoints:
@@ -155,7 +163,10 @@ def _recipe(
     }
 
 
-_KVM = {"PathOnHost": "/dev/kvm", "PathInContainer": "/dev/kvm", "CgroupPermissions": "rwm"}
+def _kvm() -> dict[str, Any]:
+    """The device, and its group for who is not root in there. Blocks."""
+    device = {"PathOnHost": str(DEVICE), "PathInContainer": str(DEVICE), "CgroupPermissions": "rwm"}
+    return {"Devices": [device], "GroupAdd": [str(DEVICE.stat().st_gid)]}
 
 
 def _mount(source: str, target: str, *, read_only: bool = False) -> dict[str, Any]:
