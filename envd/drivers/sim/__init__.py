@@ -9,13 +9,13 @@ guest.py      the guest port                      cdp.py       the CDP port
 shell.py      the commands that it knows          devtools.py  the CDP port's websockets
 files.py      its files                           gui.py       its screen, and the programs that change it
 calls.py      what was asked of it                picture.py   what it looks like
-answers.py    bad answers
+answers.py    bad answers                         console.py   its screen and input from outside
 """
 
 from .behaviour import BAD, FOREVER, PRESETS, WAYS, Bad, Behaviour, Fault, Way
 from .calls import Call
 from .desktop import Desktop
-from .driver import Entry, SimDriver, boots_in_flight_max
+from .driver import Entry, SimDriver, boots_in_flight_max, restores_in_flight_max
 from .gui import Click, Gui
 
 __all__ = [
@@ -34,4 +34,5 @@ __all__ = [
     "SimDriver",
     "Way",
     "boots_in_flight_max",
+    "restores_in_flight_max",
 ]

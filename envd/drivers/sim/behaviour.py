@@ -133,17 +133,26 @@ class Behaviour:
     /json/version by the clock, so that calls of that route and of * cannot be counted beforehand.
     The setting `ENVD_SIM` has no spelling for this.
     """
+    restore_s: float | None = None
+    """The first desktop's machine is booted as a template, and from then on each is made from it in so long, and its
+    guest is up at once. None: each is booted."""
+    restore_fails: int = 0
+    """So many first restores of the driver fail; they are booted instead."""
+    admit_s: float = 0.0
+    """`admit` waits so long."""
+    console: bool = False
+    """It can be seen and worked from outside."""
     destroy_s: float = 0.0
     """`destroy` takes so long."""
     destroy_fails: int = 0
     """So many first calls of `destroy` raise InfraError."""
 
     def __post_init__(self) -> None:
-        for name in ("create_s", "boot_s", "cdp_s", "dies_after_s", "answer_s", "pace", "trouble_s", "destroy_s"):
+        for name in (one.name for one in fields(self) if one.type in ("float", "float | None") and one.name != "fail"):
             value = getattr(self, name)
             if value is not None and not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{_key(name)} must be a number of at least 0")
-        for name in ("flaky", "destroy_fails"):
+        for name in ("flaky", "restore_fails", "destroy_fails"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0")
         if not 0 <= self.fail <= 1:

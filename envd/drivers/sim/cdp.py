@@ -65,6 +65,7 @@ class Chrome:
         return hashlib.md5(seed.encode(), usedforsecurity=False).hexdigest().upper()
 
     async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
+        await self.desktop.runs.wait()
         path = request.path.rstrip("/") or "/"
         route = LIST if path == "/json" else path
         kind, _, name = path.removeprefix("/devtools/").partition("/")

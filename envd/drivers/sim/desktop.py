@@ -11,6 +11,7 @@ from typing import Literal
 
 from aiohttp import web
 
+from ...actions.gestures import Gesture
 from ..base import Death
 from .answers import answer_badly
 from .behaviour import Behaviour, Way
@@ -35,6 +36,9 @@ class Desktop:
     calls      everything that was asked of either port, in order: the last 10,000
     requests   route → how many calls of it there were
     inputs     every Python program that was applied, in order: for counting how often each was
+    gestures   what was done at its console, in order
+    runs       set unless it is paused: then nothing in it answers
+    cloned     it goes on from where a template stood, so that any answer of its guest shows that it is ready
     launched   every command given to /setup/launch
     files      absolute path → bytes
     downloads  URL → what /setup/download_file finds there
@@ -49,6 +53,8 @@ class Desktop:
         behaviour: Behaviour,
         number: int,
         note: Callable[[Change], None],
+        *,
+        cloned: bool = False,
     ) -> None:
         self.id = instance_id
         self.number = number
@@ -60,12 +66,16 @@ class Desktop:
         self.terminal: str | None = None
         self.calls: deque[Call] = deque(maxlen=CALLS_KEPT)
         self.inputs: list[str] = []
+        self.gestures: list[Gesture] = []
         self.launched: list[str | list[str]] = []
         self.requests: Counter[str] = Counter()
         self.log: deque[str] = deque(maxlen=200)
         self.death: Death | None = None
         self.gone = asyncio.Event()
         self.ready = asyncio.Event()
+        self.runs = asyncio.Event()
+        self.runs.set()
+        self.cloned = cloned
         self.destroy_calls = 0
         self.chrome = Chrome(self)
         self.guest_port: Port | None = None
@@ -91,10 +101,9 @@ class Desktop:
 
     # Its life
 
-    async def start(self) -> None:
-        """Take both ports, and open at once what is not to be waited for."""
+    async def start(self, behaviour: Behaviour) -> None:
+        """Take both ports, and open at once what is not to be waited for. Its life begins as `behaviour` says."""
         self.guest_port, self.cdp_port = Port(Guest(self).answer), Port(self.chrome.answer)
-        behaviour = self.behaviour
         self.say(f"guest on port {self.guest_port.number}, CDP on port {self.cdp_port.number}")
         if behaviour.strikes(self.number):
             behaviour = replace(behaviour, dies_after_s=behaviour.dies_after_s or behaviour.boot_s, dies_when="booting")
@@ -129,7 +138,7 @@ class Desktop:
         self.log.append(line)
 
     def seen_good(self, what: str) -> None:
-        """A good answer was given to somebody: `screenshot` or `page list`. With both, it is ready."""
+        """A good answer was given to somebody: `guest` or `page list`. With both, it is ready."""
         self._seen.add(what)
         if len(self._seen) == 2 and not self.ready.is_set():
             self.ready.set()

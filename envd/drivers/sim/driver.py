@@ -5,26 +5,31 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Self
 
 import anyio
 
 from ...errors import BootFailed, InfraError
-from ...models import Endpoints
-from ..base import Death, Driver, InstanceSpec, Made, Report, Traits
+from ...models import Endpoints, ResetPath
+from ..base import Console, Death, Driver, InstanceSpec, Made, Report, Traits
 from .behaviour import Behaviour
+from .console import SimConsole
 from .desktop import Change, Desktop
 
 if TYPE_CHECKING:
     from ...settings import Settings
 
-Verb = Literal["create-begin", "create-end", "destroy-begin", "destroy-end"] | Change
+Verb = Literal["create-begin", "create-end", "clone-begin", "destroy-begin", "destroy-end"] | Change
 Behaviours = Behaviour | Sequence[Behaviour] | Callable[[int], Behaviour]
 
 
 class Entry(NamedTuple):
-    """One line of the journal. `at` is of the monotonic clock, in seconds."""
+    """One line of the journal. `at` is of the monotonic clock, in seconds.
+
+    `create-begin` is a boot, also that of the template for its first clone; `create-end` closes one that was asked for.
+    """
 
     at: float
     verb: Verb
@@ -49,6 +54,11 @@ class SimDriver(Driver):
         self.desktops: dict[str, Desktop] = {}
         self.journal: list[Entry] = []
         self._made = 0
+        self._turn = asyncio.Lock()
+        self._has_template = False
+        self._restores = 0
+        if settings.clone_width is not None:
+            self.traits = replace(self.traits, restore_width=settings.clone_width)
 
     async def __aenter__(self) -> Self:
         return self
@@ -60,25 +70,72 @@ class SimDriver(Driver):
             await asyncio.gather(*(desktop.close() for desktop in self.desktops.values()))
         self.desktops.clear()
 
+    def next_path(self) -> ResetPath:
+        clones = self._next_behaviour().restore_s is not None
+        return ResetPath.RESTORE if clones and self._has_template else ResetPath.COLD
+
+    async def admit(self, report: Report) -> None:
+        if seconds := self._next_behaviour().admit_s:
+            report.progress(f"waiting for room: in {seconds:g} s there is some")
+            await asyncio.sleep(seconds)
+
+    def console(self, instance_id: str) -> Console | None:
+        desktop = self.desktops.get(instance_id)
+        return SimConsole(desktop) if desktop is not None and desktop.behaviour.console else None
+
     async def create(self, spec: InstanceSpec, report: Report) -> Made:
-        self._note("create-begin", spec.id)
-        desktop = self._register(spec)
-        behaviour = desktop.behaviour
         report.progress("starting a simulated desktop")
-        await asyncio.sleep(behaviour.create_s)
+        desktop = self._register(spec, number := self._made)
+        self._made += 1
+        if desktop.behaviour.restore_s is None:
+            return await self._boot(desktop, desktop.behaviour)
+        async with self._turn:
+            if not self._has_template:
+                report.phase("template")
+                await self._make_template(spec, number, desktop.behaviour, report)
+        report.phase("clone")
+        self._note("clone-begin", spec.id)
+        await asyncio.sleep(desktop.behaviour.restore_s)
+        self._restores += 1
+        if self._restores > desktop.behaviour.restore_fails:
+            made = await self._open(desktop, replace(desktop.behaviour, boot_s=0.0, cdp_s=0.0))
+            return replace(made, path=ResetPath.RESTORE, frame=await desktop.screenshot())
+        report.note(f"Restore {self._restores} failed, as it was told to; the desktop is booted instead.")
+        desktop.cloned = False
+        async with self._turn:
+            made = await self._boot(desktop, desktop.behaviour)
+            await report.ready(made.endpoints)
+        return made
+
+    async def _make_template(self, spec: InstanceSpec, number: int, behaviour: Behaviour, report: Report) -> None:
+        machine = Desktop(f"{spec.id}-t", spec.screen, behaviour, number, lambda verb: None)
+        self._note("create-begin", spec.id)
+        try:
+            made = await self._open(machine, behaviour, seconds=behaviour.create_s)
+            await report.ready(made.endpoints)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await machine.close()
+        self._has_template = True
+
+    async def _boot(self, desktop: Desktop, behaviour: Behaviour) -> Made:
+        self._note("create-begin", desktop.id)
+        made = await self._open(desktop, behaviour, seconds=behaviour.create_s)
+        self._note("create-end", desktop.id)
+        return made
+
+    async def _open(self, desktop: Desktop, behaviour: Behaviour, seconds: float = 0.0) -> Made:
+        """The desktop with its ports, which open when its behaviour says so. Raises BootFailed."""
+        await asyncio.sleep(seconds)
         if behaviour.create_fails:
             desktop.die(Death(behaviour.create_fails))
         elif not desktop.gone.is_set():
-            await desktop.start()
+            await desktop.start(behaviour)
         if desktop.death is not None or desktop.guest_port is None or desktop.cdp_port is None:
             reason = desktop.death.reason if desktop.death else "unknown"
-            raise BootFailed(f"The simulated desktop {spec.id} could not be made: {reason}.", log=list(desktop.log))
-        self._note("create-end", spec.id)
-        return Made(
-            Endpoints(
-                guest=f"http://127.0.0.1:{desktop.guest_port.number}", cdp=f"http://127.0.0.1:{desktop.cdp_port.number}"
-            )
-        )
+            raise BootFailed(f"The simulated desktop {desktop.id} could not be made: {reason}.", log=list(desktop.log))
+        guest, cdp = (f"http://127.0.0.1:{port.number}" for port in (desktop.guest_port, desktop.cdp_port))
+        return Made(Endpoints(guest=guest, cdp=cdp))
 
     async def destroy(self, instance_id: str) -> None:
         self._note("destroy-begin", instance_id)
@@ -119,13 +176,18 @@ class SimDriver(Driver):
         """Chrome ends; CDP refuses connections until it is launched again. Raises KeyError as `kill` does."""
         self.desktops[instance_id].stop_chrome()
 
-    def _register(self, spec: InstanceSpec) -> Desktop:
+    def _register(self, spec: InstanceSpec, number: int) -> Desktop:
         if spec.id in self.desktops:
             raise BootFailed(f"An instance {spec.id} exists already.", hint="Ids are unique for ever; choose another.")
+        behaviour = self._next_behaviour()
         desktop = Desktop(
-            spec.id, spec.screen, self._next_behaviour(), self._made, lambda verb: self._note(verb, spec.id)
+            spec.id,
+            spec.screen,
+            behaviour,
+            number,
+            lambda verb: self._note(verb, spec.id),
+            cloned=behaviour.restore_s is not None,
         )
-        self._made += 1
         self.desktops[spec.id] = desktop
         return desktop
 
@@ -143,13 +205,23 @@ class SimDriver(Driver):
 
 
 def boots_in_flight_max(journal: Iterable[tuple[float, str, str]]) -> int:
-    """The most boots that ran at once. A boot lasts from `create-begin` until the instance is ready, dead or gone."""
-    booting: set[str] = set()
+    """The most boots that ran at once. A boot lasts from `create-begin` until the instance is ready, dead or gone, or
+    is a template by then that is cloned."""
+    return _most_at_once(journal, "create-begin", ("clone-begin", "ready", "died", "destroy-end"))
+
+
+def restores_in_flight_max(journal: Iterable[tuple[float, str, str]]) -> int:
+    """The most restores that ran at once, each from `clone-begin` until it is ready, dead, gone, or booted instead."""
+    return _most_at_once(journal, "clone-begin", ("create-begin", "ready", "died", "destroy-end"))
+
+
+def _most_at_once(journal: Iterable[tuple[float, str, str]], begin: str, ends: tuple[str, ...]) -> int:
+    under_way: set[str] = set()
     most = 0
     for _, verb, instance_id in journal:
-        if verb == "create-begin":
-            booting.add(instance_id)
-            most = max(most, len(booting))
-        elif verb in ("ready", "died", "destroy-end"):
-            booting.discard(instance_id)
+        if verb == begin:
+            under_way.add(instance_id)
+            most = max(most, len(under_way))
+        elif verb in ends:
+            under_way.discard(instance_id)
     return most

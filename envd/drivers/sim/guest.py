@@ -64,6 +64,7 @@ class Guest:
 
     async def answer(self, request: web.BaseRequest) -> web.StreamResponse:
         route = ALIASES.get(request.path, request.path)
+        await self.desktop.runs.wait()
         way = self.desktop.asked(route, await _said(request))
         if self.desktop.behaviour.answer_s:
             await asyncio.sleep(self.desktop.behaviour.answer_s)
@@ -91,13 +92,15 @@ class Guest:
 
     async def _screenshot(self, request: web.BaseRequest) -> web.Response:
         picture = await self.desktop.screenshot()
-        self.desktop.seen_good("screenshot")
+        self.desktop.seen_good("guest")
         return web.Response(body=picture, content_type="image/png")
 
     async def _terminal(self, request: web.BaseRequest) -> web.Response:
         return as_json({"output": self.desktop.terminal, "status": "success"})
 
     async def _platform(self, request: web.BaseRequest) -> web.Response:
+        if self.desktop.cloned:
+            self.desktop.seen_good("guest")
         return web.Response(text="Linux")
 
     async def _cursor_position(self, request: web.BaseRequest) -> web.Response:
