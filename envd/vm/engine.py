@@ -25,7 +25,7 @@ import structlog
 from anyio.abc import TaskGroup, TaskStatus
 
 from ..drivers.base import Console, Death, InstanceSpec, Made, Report
-from ..errors import DiskUnusable, EnvdError, SettingsError
+from ..errors import BootFailed, DiskUnusable, EnvdError, NoSpace, SettingsError
 from ..guest import Guest
 from ..models import ResetPath
 from ..settings import Settings
@@ -147,37 +147,41 @@ class Engine:
     async def create(self, spec: InstanceSpec, report: Report) -> Made:
         """As drivers promise. A machine that had to be booted cold is returned once its server answers: its serial
         console tells until then how far it is."""
+        if not _ID.fullmatch(spec.id):
+            raise BootFailed(f"{spec.id!r} is no id for a desktop: [a-z0-9-], at most 48 characters.")
+        if await anyio.Path(self._machines.root / spec.id).exists():
+            raise BootFailed(f"There is a desktop {spec.id} already.", phase="create")
         plan = await self._plan(spec.screen)
         await anyio.to_thread.run_sync(require_space, self._directory, DESKTOP_BUDGET, "A desktop")
+        try:
+            return await self._made(plan, spec, report)
+        except OSError as error:
+            why = "something did not answer in time" if isinstance(error, TimeoutError) else str(error)
+            raise BootFailed(f"The machine cannot be started: {why}.", phase="create") from error
+
+    async def _made(self, plan: Plan, spec: InstanceSpec, report: Report) -> Made:
+        """By the first way that works. Raises EnvdError and OSError of the last one."""
         if self._settings.templates == "off" or self._making_failed >= FAILURES:
             return await self._boot_cold(plan, spec, report)
         try:
             template = await self._find(plan.key, report) or await self._made_template(plan, spec, report)
-        except (EnvdError, OSError, TimeoutError) as error:
+        except (EnvdError, OSError) as error:
             report.note(f"There is no template, so this boot is a cold one: {error}")
             return await self._boot_cold(plan, spec, report)
         try:
             return await self._clone(plan, spec, report, template)
-        except (EnvdError, OSError, TimeoutError) as error:
+        except NoSpace:
+            raise  # every other way needs more of it
+        except (EnvdError, OSError) as error:
             await self._clone_failed(spec, report, template, error)
         if await anyio.to_thread.run_sync(self._saved.has, plan.key):
             try:
                 return await self._restore(plan, spec, report, template)
-            except (EnvdError, OSError, TimeoutError) as error:
+            except (EnvdError, OSError) as error:
                 report.note(f"The full state could not be restored: {error}")
                 await self._discard(spec)
                 await anyio.to_thread.run_sync(self._saved.forget, plan.key)
         return await self._boot_cold(plan, spec, report)
-
-    async def prepare(self, report: Report) -> Template:
-        """A template for the settings' screen, made now if there is none. Raises BootFailed and what `create` does."""
-        plan = await self._plan(self._settings.screen)
-        spec = InstanceSpec(f"template-{plan.key}", self._settings.screen)
-        try:
-            return await self._find(plan.key, report) or await self._made_template(plan, spec, report)
-        finally:
-            with anyio.CancelScope(shield=True):
-                await self.destroy(spec.id)
 
     def next_path(self) -> ResetPath:
         usable = self._settings.templates == "auto" and self._template is not None
@@ -281,7 +285,7 @@ class Engine:
                 await self._admission.for_memory(template_memory(plan), "a template", report)
                 await self._announce(plan, report)
                 made = await self._making.make(plan, spec, report)
-            except (EnvdError, OSError, TimeoutError):
+            except (EnvdError, OSError):
                 self._making_failed += 1
                 raise
             self._making_failed = 0
@@ -378,9 +382,10 @@ class Engine:
         *,
         task_status: TaskStatus[Running],
     ) -> None:
-        async with opening as running:
+        async with opening as running, _task_group() as watching:
             held = self._held[desktop_id] = _Held(running)
             try:
+                watching.start_soon(self._machines.end_when_full, running)
                 task_status.started(running)
                 await held.let_go.wait()
             finally:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 import aiohttp
 import anyio
+import structlog
 
 from ..drivers.base import Death, InstanceSpec, Report
 from ..errors import InfraError, InstanceDied
@@ -35,6 +36,8 @@ from .machine import Ram, command
 from .monitor import Monitor
 from .serial import WHILE_BOOTING, SerialLog
 from .templates import OVERLAY, Plan
+
+logger = structlog.get_logger(__name__)
 
 PORTS = (5000, 9222, 8080)
 """Of the guest: its server, CDP, VLC."""
@@ -71,6 +74,8 @@ class Machines:
         self.root = root
         self._serials: dict[str, SerialLog] = {}
         """Of the machine that was started last for each desktop."""
+        self._ended: dict[str, str] = {}
+        """Machines that were ended here → why."""
 
     async def follow(self) -> None:
         """Read the serial consoles, for ever."""
@@ -156,15 +161,28 @@ class Machines:
         await anyio.to_thread.run_sync(_remove, directory / part if part else directory)
         if part is None:
             self._serials.pop(desktop_id, None)
+            self._ended.pop(desktop_id, None)
 
     async def desktops(self) -> frozenset[str]:
         """Ids of all that there is anything of."""
         folders = await anyio.to_thread.run_sync(_folders, self.root)
         return frozenset(folders) | frozenset((await self.cell.names()).values())
 
+    async def end_when_full(self, running: Running) -> None:
+        """QEMU stops a machine whose overlay cannot be written to, which from outside looks as if it hung: end it."""
+        async with running.monitor.events("BLOCK_IO_ERROR") as errors:
+            async for error in errors:
+                said = error["data"].get("reason", "an error of its disk")
+                logger.error("machine stopped by its disk", name=running.name, reason=said)
+                self._ended[running.name] = f"its disk could not be written on this host: {said}"
+                await self.cell.end(running.name)
+                return
+
     async def wait(self, name: str) -> Death:
         """How the machine ended; a SIGBUS is explained."""
         death = await self.cell.wait(name)
+        if reason := self._ended.get(name):
+            return Death(reason, death.exit_code)
         if death.exit_code in (-7, 135):
             return Death(f"{death.reason} (the memory file of its template was cut short)", death.exit_code)
         return death
