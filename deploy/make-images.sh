@@ -106,8 +106,8 @@ make_guest_disk() {
   trap 'rm -rf "$work"' EXIT
   mv "$work/disk.qcow2" "$disk"
   ln -sfn "${disk##*/}" "$cache/guest-disk.qcow2"
-  # One of them is 2 GB. What runs on an older one has it open, and keeps it.
-  find "$cache" -maxdepth 1 -name 'guest-disk-*.qcow2' ! -name "${disk##*/}" -delete
+  # The one before is kept: machines and templates may be based on it.
+  find "$cache" -maxdepth 1 -name 'guest-disk-*.qcow2' -printf '%T@ %p\0' | sort -zrn | tail -zn +3 | cut -zd ' ' -f 2- | xargs -0r rm -f
   echo "guest-disk: $cache/guest-disk.qcow2 ($(du -h "$disk" | cut -f1), $((SECONDS - started)) s)"
 }
 
@@ -115,11 +115,16 @@ make_guest_disk() {
 build() {
   local name=$1 kind=$2 content=$3 context=$4 started=$SECONDS
   shift 4
+  local before
+  before=$(docker image inspect -f '{{.Id}}' "$name:latest" 2>/dev/null) || before=
   echo "$name: building (its log is $cache/$kind.log)"
   if ! docker build --network host "${fresh[@]}" --label "io.envd.kind=$kind" --label "io.envd.content=$content" \
     --tag "$name:latest" "$@" "$context" >"$cache/$kind.log" 2>&1; then
     tail -n 25 "$cache/$kind.log" >&2
     fail "$name could not be built; the whole log is $cache/$kind.log."
+  fi
+  if [ -n "$before" ] && [ "$before" != "$(docker image inspect -f '{{.Id}}' "$name:latest")" ]; then
+    docker image rm "$before" >/dev/null 2>&1 || true # in use still
   fi
   echo "$name: $(docker image inspect -f '{{.Size}}' "$name:latest" | awk '{printf "%.0f MB", $1 / 1e6}'), $((SECONDS - started)) s"
 }

@@ -15,6 +15,10 @@ import threading
 import time
 from dataclasses import dataclass, field
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
 MILESTONE = "envd-milestone: "
 LONGEST_LINE = 4096
 _PATIENCE = (0.1, 0.5, 2.0, 5.0)
@@ -50,7 +54,9 @@ class Program:
 class Runner:
     """Runs programs until an essential one ends. `user` is (uid, gid) of those that are not root's."""
 
-    def __init__(self, programs: list[Program], environment: dict[str, str], user: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, programs: list[Program], environment: dict[str, str], user: tuple[int, int] | None = None
+    ) -> None:
         self._programs = programs
         self._environment = environment
         self._user = user
@@ -241,7 +247,9 @@ def listen(port: int) -> socket.socket:
     try:
         listener.bind(("0.0.0.0", port))
     except OSError as error:
-        raise SystemExit(f"Port {port} cannot be had here ({error.strerror}): give this container a network of its own.") from None
+        raise SystemExit(
+            f"Port {port} cannot be had here ({error.strerror}): give this container a network of its own."
+        ) from None
     listener.listen(128)
     return listener
 
@@ -258,8 +266,3 @@ def on_termination(then: Callable[[], None]) -> None:
                 then()
 
     threading.Thread(target=watch, daemon=True).start()
-
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable

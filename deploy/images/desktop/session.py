@@ -15,7 +15,8 @@ from runner import Program, Runner, listen, on_termination
 HOME = "/home/user"
 RUNTIME = "/run/user/1000"
 X_SOCKET = "/tmp/.X11-unix/X0"
-AGENT_PORT, CDP_PORT, CHROME_PORT, NOVNC_PORT, VNC_PORT = 5000, 9222, 1337, 8006, 5900
+AGENT_PORT, CDP_PORT, CHROME_PORT, NOVNC_PORT = 5000, 9222, 1337, 8006
+ENOUGH_SHARED_MEMORY = 256 * 1024 * 1024
 
 ENVIRONMENT = {
     "HOME": HOME,
@@ -42,7 +43,7 @@ def programs(x_server: Program) -> list[Program]:
     return [
         x_server,
         Program("dbus", ["dbus-daemon", "--session", f"--address=unix:path={RUNTIME}/bus", "--nofork", "--nopidfile"]),
-        Program("chromium", ["google-chrome", f"--remote-debugging-port={CHROME_PORT}", "about:blank"]),
+        Program("chromium", ["google-chrome", f"--remote-debugging-port={CHROME_PORT}", *_if_small(), "about:blank"]),
         Program(
             "guest server",
             ["python3", "-m", "envd.agent", "--host", "0.0.0.0", "--port", str(AGENT_PORT), "--fd", "3"],
@@ -75,6 +76,12 @@ def screen() -> tuple[int, int]:
     if not (width.isdecimal() and height.isdecimal() and 320 <= int(width) <= 8192 and 200 <= int(height) <= 8192):
         sys.exit(f"SCREEN={text!r} is no size of a screen: write it like 1920x1080.")
     return int(width), int(height)
+
+
+def _if_small() -> list[str]:
+    """What Chromium must be told where /dev/shm is Docker's 64 MB: it would crash on large pages."""
+    memory = os.statvfs("/dev/shm")
+    return ["--disable-dev-shm-usage"] if memory.f_frsize * memory.f_blocks < ENOUGH_SHARED_MEMORY else []
 
 
 def _x_listener() -> socket.socket:

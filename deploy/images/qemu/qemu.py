@@ -54,7 +54,9 @@ def _machine() -> list[str]:
     """QEMU's command line by the environment. Raises SystemExit with what to do."""
     disk = os.environ.get("DISK") or "/System.qcow2"
     if not os.access(disk, os.R_OK):
-        sys.exit(f"There is no disk that can be read at {disk}: mount one there (-v DISK.qcow2:{disk}:ro), or set DISK.")
+        sys.exit(
+            f"There is no disk that can be read at {disk}: mount one there (-v DISK.qcow2:{disk}:ro), or set DISK."
+        )
     _make_overlay(disk)
     accelerator = "tcg,thread=multi,tb-size=512"
     if os.environ.get("KVM", "N").upper() == "Y":

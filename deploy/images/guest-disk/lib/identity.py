@@ -23,6 +23,11 @@ import time
 
 import network
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any
+
 LONGEST_REQUEST = 65536
 _RNDADDENTROPY, _RNDRESEEDCRNG = 0x40085203, 0x5207
 _PR_SET_NAME = 15
@@ -103,7 +108,7 @@ def _renew_ssh_keys(wanted: bool) -> None:
         subprocess.run(["ssh-keygen", "-A"], check=True, capture_output=True, timeout=60)
 
 
-_DOES = {
+_DOES: dict[str, Callable[[Any], None]] = {
     "seed": _add_seed,
     "time": _set_time,
     "hostname": _set_hostname,

@@ -13,11 +13,16 @@ import socket
 import struct
 import sys
 import time
-import uuid
 
 import network
 from runner import Program, Runner
 from session import ENVIRONMENT, RUNTIME, programs
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Say = Callable[[str], None]
 
 UID = GID = 1000
 MODULES = (
@@ -125,7 +130,7 @@ def _write_xorg_conf(devices: list[Input]) -> None:
             + 'Section "Device"\n  Identifier "screen"\n  Driver "modesetting"\n  Option "AccelMethod" "none"\n'
             + '  Option "SWcursor" "true"\n  Option "Monitor-Virtual-1" "monitor"\nEndSection\n'
             + 'Section "Screen"\n  Identifier "screen"\n  Device "screen"\n  Monitor "monitor"\n'
-            + '  DefaultDepth 24\nEndSection\n'
+            + "  DefaultDepth 24\nEndSection\n"
             + 'Section "ServerFlags"\n  Option "AutoAddDevices" "false"\n  Option "AutoEnableDevices" "false"\n'
             + '  Option "DontVTSwitch" "true"\n  Option "DontZap" "true"\nEndSection\n'
             + 'Section "ServerLayout"\n  Identifier "layout"\n  Screen "screen"\n'
@@ -158,7 +163,7 @@ def _settle_in() -> None:
     socket.sethostname(_read("/etc/hostname") or "desktop")
     if not _read("/etc/machine-id"):
         with open("/etc/machine-id", "w") as file:
-            file.write(uuid.uuid4().hex + "\n")
+            file.write(os.urandom(16).hex() + "\n")
     os.makedirs("/var/lib/dbus", exist_ok=True)
     if not os.path.lexists("/var/lib/dbus/machine-id"):
         os.symlink("/etc/machine-id", "/var/lib/dbus/machine-id")
@@ -251,12 +256,6 @@ def _bits(text: str) -> int:
         number = number << 64 | int(word, 16)
     return number
 
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    Say = Callable[[str], None]
 
 if __name__ == "__main__":
     main()

@@ -12,6 +12,12 @@ import struct
 import threading
 import time
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    Say = Callable[[str], None]
+
 INTERFACE = "eth0"
 ADDRESS, NETMASK, ROUTER = "10.0.2.15", "255.255.255.0", "10.0.2.2"
 ROUTER_SECONDS = 5.0
@@ -70,9 +76,7 @@ def _address(control: socket.socket, interface: str, address: str, netmask: str)
 def _default_route(control: socket.socket, router: str) -> None:
     """struct rtentry: padding, destination, gateway, mask, flags, and nothing for the rest."""
     anywhere = _sockaddr("0.0.0.0")
-    entry = struct.pack(
-        "Q16s16s16sH62x", 0, anywhere, _sockaddr(router), anywhere, _RTF_UP | _RTF_GATEWAY
-    )
+    entry = struct.pack("Q16s16s16sH62x", 0, anywhere, _sockaddr(router), anywhere, _RTF_UP | _RTF_GATEWAY)
     try:
         fcntl.ioctl(control, _SIOCADDRT, entry)
     except FileExistsError:
@@ -125,10 +129,3 @@ def _ask_dhcp_if_alone(say: Say) -> None:
     say(f"network: no router at {ROUTER}; asking DHCP")
     command = ["busybox", "udhcpc", "-i", INTERFACE, "-s", _DHCP_SCRIPT, "-b", "-S"]
     os.posix_spawn("/bin/busybox", command, {"PATH": "/usr/sbin:/usr/bin"})
-
-
-TYPE_CHECKING = False
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    Say = Callable[[str], None]
