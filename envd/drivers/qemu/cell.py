@@ -141,6 +141,8 @@ class _Process:
     process: asyncio.subprocess.Process
     init: int | None
     """pidfd of the namespace's first process. When that is gone, so is all of the cell. None: it never began."""
+    status: contextlib.ExitStack
+    """The pipe that bubblewrap writes to in the end, which would kill it if nobody held the other side."""
     over: anyio.Event = field(default_factory=anyio.Event)
     printed: deque[str] = field(default_factory=lambda: deque(maxlen=_LINES))
     death: Death | None = None
@@ -163,6 +165,7 @@ class _Process:
             code = await self.process.wait()
             await self._emptied()
         finally:
+            self.status.close()
             if self.init is not None:
                 os.close(self.init)
                 self.init = None
@@ -222,28 +225,32 @@ async def _try(view: list[str]) -> None:
 
 async def _spawn(spec: CellSpec, sandbox: list[str]) -> _Process:
     """Raises OSError."""
-    with contextlib.ExitStack() as pipe:
+    with contextlib.ExitStack() as held, contextlib.ExitStack() as given_away:
         read, write = os.pipe()
-        pipe.callback(os.close, read)
-        with contextlib.ExitStack() as given_away:
-            given_away.callback(os.close, write)
-            process = await asyncio.create_subprocess_exec(
-                *(*sandbox, "--json-status-fd", str(write), "--", *spec.argv),
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.STDOUT,
-                pass_fds=[write],
-                env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},  # nothing of the daemon's, which holds secrets
-                start_new_session=True,
-            )
-        # Only the first line, which bubblewrap writes before QEMU runs. Where it cannot, this is the end of the file.
-        first = await anyio.to_thread.run_sync(os.read, read, 4096)
-    return _Process(spec.desktop_id, process, _pidfd(first))
+        held.callback(os.close, read)
+        given_away.callback(os.close, write)
+        process = await asyncio.create_subprocess_exec(
+            *(*sandbox, "--json-status-fd", str(write), "--", *spec.argv),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            pass_fds=[write],
+            env={"PATH": "/usr/bin:/bin", "LANG": "C.UTF-8"},  # nothing of the daemon's, which holds secrets
+            start_new_session=True,
+        )
+        given_away.close()
+        init = await anyio.to_thread.run_sync(_first_process, read)
+        return _Process(spec.desktop_id, process, init, held.pop_all())
 
 
-def _pidfd(status: bytes) -> int | None:
+def _first_process(status: int) -> int | None:
+    """pidfd of the namespace's first process, from the first line that bubblewrap writes, in several pieces, before
+    QEMU runs. None where it ends instead. Blocks for milliseconds."""
+    told = b""
+    while b"\n" not in told and (more := os.read(status, 4096)):
+        told += more
     with contextlib.suppress(ValueError, KeyError, ProcessLookupError):
-        return os.pidfd_open(json.loads(status.partition(b"\n")[0])["child-pid"])
+        return os.pidfd_open(json.loads(told.partition(b"\n")[0])["child-pid"])
     return None
 
 

@@ -45,9 +45,7 @@ class QemuDriver(Driver):
         await anyio.to_thread.run_sync(lambda: self._root.mkdir(mode=0o700, parents=True, exist_ok=True))
         kvm = await prove(self._settings.state_dir, self._qemu.name)
         accel: Accel = "kvm" if kvm.works else "tcg"
-        logger.info(
-            "qemu", version=self._qemu.name, accelerator=accel, kvm=kvm.state.value, why=kvm.detail, fix=kvm.fix
-        )
+        logger.info("virtual machines", qemu=self._qemu.name, accelerator=accel, kvm=kvm.detail, fix=kvm.fix)
         async with AsyncExitStack() as opening:
             cell = await opening.enter_async_context(ProcessCell.open(self._root, self._qemu.version))
             self._engine = await opening.enter_async_context(
