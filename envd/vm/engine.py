@@ -215,7 +215,8 @@ class Engine:
     async def _clone(self, plan: Plan, spec: InstanceSpec, report: Report, template: Template) -> Made:
         report.phase("clone")
         trial = template.manifest.trial
-        seen = HostIo(trial.pictures, trial.input, trial.io_detail)
+        wanted = self._settings.host_io == "auto"
+        seen = HostIo(trial.pictures and wanted, trial.input and wanted, trial.io_detail)
         opening = self._machines.clone(plan, spec, report, template=template.directory, state=template.state, seen=seen)
         made = await self._go_on(await self._hold(spec.id, opening), spec, report, template)
         await anyio.to_thread.run_sync(self._templates.used, template)
@@ -336,19 +337,13 @@ class Engine:
 
     @property
     def _making(self) -> Making:
-        return Making(
-            self._machines,
-            self._templates,
-            self._saved,
-            self._session,
-            password=self._settings.client_password,
-            host_io=self._settings.host_io == "auto",
-        )
+        password = self._settings.client_password
+        return Making(self._machines, self._templates, self._saved, self._session, password)
 
     async def _plan(self, screen: tuple[int, int]) -> Plan:
         """Raises DiskUnusable."""
         path = self._settings.vm_disk or guest_disk()
-        disk = await anyio.to_thread.run_sync(check_disk, path, shutil.which("qemu-img"))
+        disk = await anyio.to_thread.run_sync(lambda: check_disk(path, shutil.which("qemu-img")))
         cpus = min(self._settings.cpu_cores, self._cores)
         machine = Machine(self._settings.ram_size, cpus, self._accel, screen, self._qemu)
         return Plan(machine, disk, max(disk.size, self._settings.disk_size), self._image)

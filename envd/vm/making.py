@@ -44,14 +44,13 @@ _POLL = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Making:
-    """What a template is made with. `host_io`: whether ways past the guest are wanted at all."""
+    """What a template is made with. `password` is that of the guest's user."""
 
     machines: Machines
     templates: Templates
     saved: Saved
     session: aiohttp.ClientSession
     password: str
-    host_io: bool
 
     async def make(self, plan: Plan, spec: InstanceSpec, report: Report) -> Template:
         """The template, admitted. The caller holds its lock. Raises BootFailed and what the parts raise."""
@@ -166,8 +165,6 @@ class Making:
             await answers(self.session, url, pause=0.2)
         process = await anyio.to_thread.run_sync(process_of, running.run)
         taken = await anyio.to_thread.run_sync(memory_taken, process)
-        if not self.host_io:
-            return Trial(frame=frame, identity=how, clone_bytes=taken)
         seen = await host_io_works(running.console, guest)
         report.note(f"Past the guest: pictures {seen.pictures}, input {seen.input}. {seen.detail}")
         return Trial(

@@ -316,7 +316,7 @@ def list_templates(settings: Settings) -> list[Listed]:
 def remove_template(settings: Settings, key: str) -> bool:
     """Whether it is gone; a template that a running daemon uses is not removed."""
     templates = Templates.of(settings)
-    return templates.remove(key) if (templates.root / key).is_dir() else False
+    return any(one.key == key for one in templates.listed()) and templates.remove(key)
 
 
 def verify_template(settings: Settings, key: str) -> list[str]:
