@@ -119,7 +119,7 @@ def _lines(one: Listed, now: float) -> Iterator[tuple[str, str]]:
     yield "made", f"{ago(now - manifest.created)} ago, of a boot of {manifest.boot_seconds:.0f} s"
     trial = manifest.trial
     seen = [name for name, works in (("pictures", trial.pictures), ("input", trial.input)) if works]
-    yield "host io", " and ".join(seen or ["no"]) + (f": {trial.io_detail}" if trial.io_detail else "")
+    yield "host io", " and ".join(seen or ["no"]) + (f" ({trial.io_detail})" if trial.io_detail else "")
 
 
 def _machine(words: str) -> str:
