@@ -142,6 +142,7 @@ def _kept(cache: Path, key: str) -> Kvm | None:
 
 
 def _keep(cache: Path, key: str, found: Kvm) -> None:
+    cache.parent.mkdir(parents=True, exist_ok=True)
     fresh = cache.with_suffix(".new")
     fresh.write_text(json.dumps({"key": key, **asdict(found)}))
     fresh.replace(cache)
