@@ -30,6 +30,9 @@ How = Literal["helper", "command", "none"]
 SECONDS = 15.0
 """A clone that was not told by then has failed. In an emulated guest on a busy host it takes parts of a second."""
 
+HELPER_SECONDS = 5.0
+"""A guest that is at rest and does not answer by then has no helper."""
+
 _LONGEST_ANSWER = 64 * 1024
 
 
@@ -48,7 +51,7 @@ def new_identity(instance_id: str) -> dict[str, Any]:
 async def has_helper(run: Path) -> bool:
     """Whether the guest of the machine whose /run/vm is `run` has the helper, and it answers."""
     try:
-        await _ask_helper(run, {}, timeout=5.0)
+        await _ask_helper(run, {}, timeout=HELPER_SECONDS)
     except InfraError:
         return False
     return True
