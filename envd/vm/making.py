@@ -24,7 +24,7 @@ from ..errors import BootFailed, InfraError
 from ..guest import Guest
 from .capacity import OVERHEAD
 from .identity import give_identity, has_helper
-from .running import OVERLAY_FILE, Machines, Running, answers, memory_taken, process_of, processor_taken
+from .running import OVERLAY_FILE, Machines, Running, answers, memory_taken, process_of, processor_wanted
 from .saved import Saved
 from .serial import PHASES
 from .templates import OVERLAY, STATE, Plan, Template, Templates, Trial
@@ -113,12 +113,12 @@ class Making:
         """Whether the screen did not change for a while, and the guest left its processors idle, which shows also what
         no screen does: in an emulated guest a program may be seconds away from its next line."""
         began, picture = anyio.current_time(), await running.console.picture()
-        before = await anyio.to_thread.run_sync(processor_taken, process)
+        before = await anyio.to_thread.run_sync(processor_wanted, process)
         while anyio.current_time() - began < STILL:
             await anyio.sleep(_LOOK)
             if await running.console.picture() != picture:
                 return False
-        after = await anyio.to_thread.run_sync(processor_taken, process)
+        after = await anyio.to_thread.run_sync(processor_wanted, process)
         return before is None or after is None or after - before < STILL * BUSY
 
     async def _try(

@@ -11,6 +11,7 @@ A folder is there before the cell is started, so whatever is left after a crash 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -279,13 +280,15 @@ def memory_taken(process: Path | None) -> int | None:
     return int(found[1]) * 1024 if found else None
 
 
-def processor_taken(process: Path | None) -> float | None:
-    """Seconds of processors that it used since it began. Blocks."""
-    try:
-        words = (process / "stat").read_text().rpartition(")")[2].split() if process else []
-    except OSError:
-        return None
-    return (int(words[11]) + int(words[12])) / os.sysconf("SC_CLK_TCK") if words else None
+def processor_wanted(process: Path | None) -> float | None:
+    """Seconds that its threads ran or waited to run since they began: on a busy host who waits is not idle. Blocks."""
+    nanoseconds = []
+    with contextlib.suppress(OSError):
+        for thread in (process / "task").iterdir() if process else ():
+            with contextlib.suppress(OSError):  # it just ended, or this kernel does not tell
+                ran, waited, _ = (thread / "schedstat").read_text().split()
+                nanoseconds.append(int(ran) + int(waited))
+    return sum(nanoseconds) / 1e9 if nanoseconds else None
 
 
 def _lay_out(run: Path, backing: str, size: int) -> None:
