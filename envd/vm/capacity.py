@@ -27,10 +27,11 @@ CLONE_GUESS = 400 * MIB
 
 COLD_CORES = 2
 """Processors that an emulated boot keeps busy for its whole length."""
-COLD_PATIENCE, CLONE_PATIENCE = 60.0, 10.0
+COLD_PATIENCE, CLONE_PATIENCE = 60.0, 5.0
 """Seconds to wait for processors at most."""
-_STARVED = 95.0
-"""Per cent of the last ten seconds in which some process waited for a processor: the host has none to spare."""
+_CROWD = 6
+"""Threads that run or wait to, for each processor: from there on, one clone more slows all of them down. Two clones at
+a time with two processors each bring two to four."""
 _POLL = 1.0
 
 
@@ -118,13 +119,13 @@ class Admission:
         report.note(f"This boot will be slow: fewer than {wanted:.1f} processors were idle for {patience:.0f} s.")
 
     async def for_clone(self, report: Report, patience: float = CLONE_PATIENCE) -> None:
-        """Return unless the host starves for processors; after `patience` seconds anyway."""
+        """Return unless the host is crowded; after `patience` seconds anyway."""
         with anyio.move_on_after(patience):
-            while (starved := await anyio.to_thread.run_sync(_starved, self._proc)) >= _STARVED:
-                report.progress(f"waiting for processors: processes here waited for one {starved:.0f} % of the time")
-                await anyio.sleep(_POLL)
+            while (crowd := await anyio.to_thread.run_sync(_runnable, self._proc)) >= _CROWD * self._cores:
+                report.progress(f"waiting for processors: {crowd} threads want to run on {self._cores} of them")
+                await anyio.sleep(_POLL / 4)
             return
-        report.note(f"This clone will be slow: this host had no processor to spare for {patience:.0f} s.")
+        report.note(f"This clone will be slow: {_CROWD} and more threads wanted each processor for {patience:.0f} s.")
 
     async def _idle(self) -> float:
         """How many processors were idle during a second."""
@@ -142,10 +143,7 @@ def _ticks(proc: Path) -> tuple[int, int]:
     return numbers[3] + numbers[4], sum(numbers)
 
 
-def _starved(proc: Path) -> float:
-    """Per cent; 0 where the kernel does not tell."""
-    try:
-        some = re.search(r"^some avg10=([\d.]+)", (proc / "pressure/cpu").read_text(), re.MULTILINE)
-    except OSError:
-        return 0.0
-    return float(some[1]) if some else 0.0
+def _runnable(proc: Path) -> int:
+    """Threads that run or wait for a processor at this moment."""
+    found = re.search(r"^procs_running (\d+)", (proc / "stat").read_text(), re.MULTILINE)
+    return int(found[1]) if found else 0

@@ -27,10 +27,10 @@ from ..guest import Guest
 How = Literal["helper", "command", "none"]
 """The way to tell a guest: found out once per template."""
 
-SECONDS = 15.0
+SECONDS = 30.0
 """A clone that was not told by then has failed. In an emulated guest on a busy host it takes parts of a second."""
 
-HELPER_SECONDS = 5.0
+HELPER_SECONDS = 20.0
 """A guest that is at rest and does not answer by then has no helper."""
 
 _LONGEST_ANSWER = 64 * 1024

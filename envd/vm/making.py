@@ -37,7 +37,8 @@ BUSY = 0.4
 _LOOK = 0.25
 HANG_UP = 20.0
 """Seconds that connections into the guest are given to end by themselves. Whoever probed it keeps his for 15."""
-_TRIAL_SECONDS = 120.0
+_TRIAL_SECONDS = 300.0
+"""For a clone that is tried. Giving up costs a whole boot, and a host may be busy."""
 _CLEAN_UP = 30.0
 _POLL = 1.0
 
@@ -83,8 +84,8 @@ class Making:
                     await report.ready(running.endpoints)
                     seconds = time.monotonic() - began
                     report.phase("settle")
-                    helper = await has_helper(running.run)
                     await self._settle(running, report)
+                    helper = await has_helper(running.run)
                     report.phase("freeze")
                     await running.monitor.pause()
                     frame = _digest(await running.console.picture())
