@@ -9,6 +9,7 @@
     identity.py   what must differ between clones, and their clocks
     running.py    machines that run: started, connected to, watched, ended
     templates.py  frozen machines on memory-backed storage (frozen.py), and what they are keyed by
+    keeping.py    what a daemon knows of its templates: the next one, those in use, those that failed
     saved.py      full states on disk, for when a template cannot be cloned
     making.py     how a template is made: boot, settle, freeze, trial
     trial.py      which ways past the guest work

@@ -33,20 +33,19 @@ from .capacity import CLONE_GUESS, OVERHEAD, Admission, clone_width, host_memory
 from .cell import Cell
 from .console import HostIo
 from .disks import DESKTOP_BUDGET, check_disk, guest_disk, require_space
-from .frozen import Changed
 from .history import History
 from .identity import give_identity
+from .keeping import Keeper
 from .machine import Accel, Machine
 from .making import Making, template_memory
 from .running import SAVED, Machines, Running
 from .saved import Saved
 from .serial import PHASES
-from .templates import FAILURES, Plan, Template, Templates
+from .templates import Plan, Template, Templates
 
 logger = structlog.get_logger(__name__)
 
 _ID = re.compile(r"[a-z0-9-]{1,48}")
-_POLL = 1.0
 _CLOSE_SECONDS = 10.0
 
 
@@ -90,18 +89,13 @@ class Engine:
         self._why_emulated = why_emulated
         self._cores = len(os.sched_getaffinity(0))
         self._machines = Machines(cell, self._directory / "desktops")
-        self._templates = Templates.of(settings)
+        self._keeper = Keeper(Templates.of(settings))
         self._saved = Saved(self._directory / "saved")
         self._history = History(self._directory / "boots.json")
         self._admission = Admission(own_group=name == "qemu")
         self._held: dict[str, _Held] = {}
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._booting = asyncio.Lock()
-        self._making_failed = 0
-        self._uses: dict[str, int] = {}
-        """Templates that this daemon cloned → the descriptor that holds the lock of their use."""
-        self._template: Template | None = None
-        """The one that was found or made last: a plan for the next, looked at again before it is cloned."""
         self._open = AsyncExitStack()
         self._tasks: TaskGroup
         self._session: aiohttp.ClientSession
@@ -114,8 +108,7 @@ class Engine:
         except DiskUnusable as error:
             raise SettingsError(error.detail, hint=error.hint) from error
         if self._settings.templates == "auto":
-            await anyio.to_thread.run_sync(self._templates.open)
-            self._template = await self._find(plan.key, Report())
+            await self._keeper.open(plan.key)
         # No connection is kept: to a guest that becomes a template it would be one that every clone begins with.
         connector = aiohttp.TCPConnector(force_close=True, limit=0)
         self._session = await self._open.enter_async_context(aiohttp.ClientSession(connector=connector))
@@ -132,9 +125,7 @@ class Engine:
             for held in tuple(self._held.values()):
                 await held.closed.wait()
         await self._open.aclose()
-        for fd in self._uses.values():
-            os.close(fd)
-        self._uses.clear()
+        self._keeper.close()
 
     @property
     def restore_width(self) -> int:
@@ -161,10 +152,10 @@ class Engine:
 
     async def _made(self, plan: Plan, spec: InstanceSpec, report: Report) -> Made:
         """By the first way that works. Raises EnvdError and OSError of the last one."""
-        if self._settings.templates == "off" or self._making_failed >= FAILURES:
+        if self._settings.templates == "off" or self._keeper.gave_up:
             return await self._boot_cold(plan, spec, report)
         try:
-            template = await self._find(plan.key, report) or await self._made_template(plan, spec, report)
+            template = await self._keeper.find(plan.key, report) or await self._made_template(plan, spec, report)
         except (EnvdError, OSError) as error:
             report.note(f"There is no template, so this boot is a cold one: {error}")
             return await self._boot_cold(plan, spec, report)
@@ -173,7 +164,8 @@ class Engine:
         except NoSpace:
             raise  # every other way needs more of it
         except (EnvdError, OSError) as error:
-            await self._clone_failed(spec, report, template, error)
+            await self._keeper.clone_failed(template, error, report)
+            await self._discard(spec)
         if await anyio.to_thread.run_sync(self._saved.has, plan.key):
             try:
                 return await self._restore(plan, spec, report, template)
@@ -184,14 +176,13 @@ class Engine:
         return await self._boot_cold(plan, spec, report)
 
     def next_path(self) -> ResetPath:
-        usable = self._settings.templates == "auto" and self._template is not None
-        return ResetPath.RESTORE if usable else ResetPath.COLD
+        return ResetPath.COLD if self._keeper.latest is None else ResetPath.RESTORE
 
     async def admit(self, report: Report) -> None:
         """Return once there is memory for one more, and a processor to bring it up with. Raises OutOfMemory for what
         this host could never do."""
-        if self.next_path() is ResetPath.RESTORE and self._template is not None:
-            measured = self._template.manifest.trial.clone_bytes
+        if (template := self._keeper.latest) is not None:
+            measured = template.manifest.trial.clone_bytes
             needed = int(measured * 1.2) if measured else CLONE_GUESS
             await self._admission.for_memory(needed, "a clone", report)
             await self._admission.for_clone(report)
@@ -219,7 +210,7 @@ class Engine:
         seen = HostIo(trial.pictures and wanted, trial.input and wanted, trial.io_detail)
         opening = self._machines.clone(plan, spec, report, template=template.directory, state=template.state, seen=seen)
         made = await self._go_on(await self._hold(spec.id, opening), spec, report, template)
-        await anyio.to_thread.run_sync(self._templates.used, template)
+        await self._keeper.cloned(template)
         return made
 
     async def _restore(self, plan: Plan, spec: InstanceSpec, report: Report, template: Template) -> Made:
@@ -243,70 +234,22 @@ class Engine:
             await give_identity(how, running.run, guest, spec.id, self._settings.client_password)
         return Made(running.endpoints, ResetPath.RESTORE, frame)
 
-    async def _clone_failed(self, spec: InstanceSpec, report: Report, template: Template, error: Exception) -> None:
-        report.note(f"A clone of the template failed: {error}")
-        if await anyio.to_thread.run_sync(self._templates.failed, template) >= FAILURES:
-            await self._set_aside(template.key, f"{FAILURES} clones of it failed", report)
-        await self._discard(spec)
-
     async def _discard(self, spec: InstanceSpec) -> None:
         """Nothing is left of a try, so that the next can be made under the same id."""
         with anyio.CancelScope(shield=True):
             await self.destroy(spec.id)
 
-    # -- templates ----------------------------------------------------------------------------------------------
-
-    async def _find(self, key: str, report: Report) -> Template | None:
-        """The template, if there is one that can be cloned; one that cannot is put aside."""
-        try:
-            template = await anyio.to_thread.run_sync(self._templates.find, key)
-        except Changed as error:
-            await self._set_aside(key, str(error), report)
-            template = None
-        self._template = template
-        if template is not None and key not in self._uses:
-            fd = await anyio.to_thread.run_sync(lambda: self._templates.lock(key, "use", shared=True))
-            if fd is not None:
-                self._uses[key] = fd
-        return template
-
-    async def _set_aside(self, key: str, why: str, report: Report) -> None:
-        self._template = None
-        aside = await anyio.to_thread.run_sync(self._templates.set_aside, key)
-        report.note(f"The template was put aside as {aside}: {why}. The next boot is a cold one and makes a new one.")
-        logger.warning("template put aside", template=key, why=why, kept=str(aside))
-
     async def _made_template(self, plan: Plan, spec: InstanceSpec, report: Report) -> Template:
         """Made now, unless somebody else was quicker."""
-        async with self._turn(report), self._making_lock(plan.key, report):
-            template = await self._find(plan.key, report)
-            if template is not None:
-                return template
-            try:
-                await self._admission.for_memory(template_memory(plan), "a template", report)
-                await self._announce(plan, report)
-                made = await self._making.make(plan, spec, report)
-            except (EnvdError, OSError):
-                self._making_failed += 1
-                raise
-            self._making_failed = 0
+        async with self._turn(report), self._keeper.making(plan.key, report):
+            if found := await self._keeper.find(plan.key, report):
+                return found
+            await self._admission.for_memory(template_memory(plan), "a template", report)
+            await self._announce(plan, report)
+            made = await self._making.make(plan, spec, report)
             await anyio.to_thread.run_sync(self._history.add, plan.key, made.manifest.boot_seconds)
             logger.info("template made", template=plan.key, trial=made.manifest.trial.model_dump())
-            return await self._find(plan.key, report) or made
-
-    @asynccontextmanager
-    async def _making_lock(self, key: str, report: Report) -> AsyncIterator[None]:
-        """Among all daemons of this user."""
-        while True:
-            fd = await anyio.to_thread.run_sync(self._templates.lock, key, "make")
-            if fd is not None:
-                break
-            report.progress("waiting for the template that another daemon makes")
-            await anyio.sleep(_POLL)
-        try:
-            yield
-        finally:
-            os.close(fd)
+            return await self._keeper.find(plan.key, report) or made
 
     # -- looking ------------------------------------------------------------------------------------------------
 
@@ -338,7 +281,7 @@ class Engine:
     @property
     def _making(self) -> Making:
         password = self._settings.client_password
-        return Making(self._machines, self._templates, self._saved, self._session, password)
+        return Making(self._machines, self._keeper.templates, self._saved, self._session, password)
 
     async def _plan(self, screen: tuple[int, int]) -> Plan:
         """Raises DiskUnusable."""
