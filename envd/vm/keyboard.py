@@ -38,11 +38,10 @@ _PLAIN: Final = {
 }
 _SHIFTED: Final = dict(zip('~!@#$%^&*()_+{}|:"<>?', "`1234567890-=[]\\;',./", strict=True))
 _NAMED: Final = {
-    # pyautogui's winright is the left one too.
     **{"shift": "shift", "shiftleft": "shift", "shiftright": "shift_r"},
     **{"ctrl": "ctrl", "ctrlleft": "ctrl", "ctrlright": "ctrl_r"},
     **{"alt": "alt", "altleft": "alt", "altright": "alt_r"},
-    **{"win": "meta_l", "winleft": "meta_l", "winright": "meta_l", "apps": "compose"},
+    **{"win": "meta_l", "winleft": "meta_l", "winright": "meta_r", "apps": "compose"},
     **{"enter": "ret", "return": "ret", "tab": "tab", "space": "spc", "backspace": "backspace"},
     **{"esc": "esc", "escape": "esc", "del": "delete", "delete": "delete", "insert": "insert"},
     **{"left": "left", "right": "right", "up": "up", "down": "down", "home": "home", "end": "end"},

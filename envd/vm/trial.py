@@ -89,7 +89,7 @@ async def host_io_works(console: Console, guest: Guest, seconds: float = SECONDS
     hands = eyes = f"not done within {seconds:g} s"
     with anyio.move_on_after(seconds):
         hands = await _fault(lambda: _try_input(console, guest))
-        eyes = await _fault(lambda: _try_pictures(console, guest))
+        eyes = await _fault(lambda: _try_pictures(console, guest, None if hands else console))
     detail = (
         f"input: {hands or f'{len(PRINTABLE)} characters, clicks, a drag and the wheel arrived'}; "
         f"pictures: {eyes or 'the same as the guest shows, pointer included'}"
@@ -162,24 +162,26 @@ async def _lines(guest: Guest, path: str, count: int) -> list[bytes]:
 # --- pictures -----------------------------------------------------------------------------------------------------
 
 
-async def _try_pictures(console: Console, guest: Guest) -> None:
+async def _try_pictures(console: Console, guest: Guest, mover: Console | None) -> None:
+    """`mover`: by whose hands the pointer is moved; the guest's own if None."""
     fault = ""
     for _ in range(TRIES):
         try:
-            return await _compare(console, guest)
+            return await _compare(console, guest, mover)
         except _Differs as error:
             fault = str(error)
     raise _Differs(fault)
 
 
-async def _compare(console: Console, guest: Guest) -> None:
+async def _compare(console: Console, guest: Guest, mover: Console | None) -> None:
     width, height = (await _image(await console.picture())).size
     pairs = []
     places = [(round(width * x), round(height * y)) for x, y in ((0.31, 0.37), (0.62, 0.71))]
     for x, y in places:
-        moved = await guest.execute(["python", "-c", f"import pyautogui; pyautogui.moveTo({x}, {y})"], timeout=30)
-        if moved.returncode:
-            raise _Differs(f"the guest cannot move its pointer: {moved.stderr.strip()[-200:]}")
+        if mover is not None:
+            await mover.perform([Move(x, y)])
+        else:
+            await _move_inside(guest, x, y)
         theirs = await guest.screenshot()
         ours = await console.picture()
         if await anyio.to_thread.run_sync(differs, theirs, ours):
@@ -193,6 +195,12 @@ async def _compare(console: Console, guest: Guest) -> None:
             raise _Differs("the pointer is not in them")
         if _changed(hosts, guests) > pointer // 4:
             raise _Differs("the pointer is not where, or not as, the guest shows it")
+
+
+async def _move_inside(guest: Guest, x: int, y: int) -> None:
+    moved = await guest.execute(["python", "-c", f"import pyautogui; pyautogui.moveTo({x}, {y})"], timeout=30)
+    if moved.returncode:
+        raise _Differs(f"the guest cannot move its pointer: {moved.stderr.strip()[-200:]}")
 
 
 async def _image(picture: bytes) -> Image.Image:
