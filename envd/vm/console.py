@@ -3,8 +3,8 @@
 Events go to a guest through queues: 64 buffers of each virtio device, which its kernel takes from and gives back, and
 behind them as many places for each reader in the kernel. What comes to a full queue is lost and nobody is told. So the
 buffers that are left are asked for, and events are paced besides, for the queue that cannot be seen. (USB
-devices have 16 places, polled every 8 ms: one key in ten was lost at this pace while three emulated guests shared two
-cores. This way none was, with seven times the load that the cores could bear.)
+devices have 16 places and are polled every 8 ms: at this pace 23 and 27 of 285 keys were lost, with a load of ten on
+two cores. This way none of 285 was, with a load of fourteen.)
 """
 
 from __future__ import annotations
