@@ -84,11 +84,11 @@ class Service:
                 await recovered.wait()
                 tasks.start_soon(self.evaluations.run, judging)
                 await judging.wait()
-                tasks.start_soon(self.queue.run, consuming)
-                await consuming.wait()
                 wanted = self.settings.prewarm
                 if wanted or (wanted is None and self.driver.traits.prewarm):
                     self.queue.submit_prewarm()
+                tasks.start_soon(self.queue.run, consuming)
+                await consuming.wait()
                 self._running = True
                 started()
         finally:

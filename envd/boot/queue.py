@@ -201,6 +201,7 @@ class _Boot:
 
     def made(self, path: ResetPath) -> None:
         self.path, self.is_made = path, True
+        self._probes.clear()  # those of the template that it was made from
         self._queue._stir()
 
     def probed(self, probe: Probe) -> None:
@@ -504,8 +505,9 @@ class BootQueue:
             await self._wake.wait()
 
     def _stands_by(self, ticket: _Ticket) -> bool:
-        """Whether what a prewarm asks for is there already."""
-        return ticket.job.kind is JobKind.PREWARM and self._fleet.spares > 0
+        """Whether the clean desktop that the job is to leave behind is there already."""
+        wanted = {JobKind.PREWARM: 1, JobKind.SPARE: self._settings.spares}.get(ticket.job.kind, math.inf)
+        return self._fleet.spares >= wanted
 
     def _next_eligible(self, leaving: _Ticket | None = None) -> _Ticket | None:
         """The first in line whose env has no job running, other than the one that is `leaving`."""
