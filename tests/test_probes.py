@@ -18,7 +18,7 @@ from PIL import Image, ImageDraw
 from envd.boot import probes
 from envd.boot.probes import NEEDED, Readiness, judge_picture
 from envd.drivers.base import InstanceSpec, Report
-from envd.drivers.sim import FOREVER, Behaviour, SimDriver
+from envd.drivers.sim import FOREVER, Behaviour, Fault, SimDriver
 from envd.guest import Cdp, Guest
 from envd.models import Probe, ProbeResult
 from envd.settings import Settings
@@ -50,13 +50,20 @@ class Heard:
 
 
 async def readiness(
-    tmp_path: Path, behaviour: Behaviour, heard: Heard, *, wait_for: Any, grace: float = 60
+    tmp_path: Path,
+    behaviour: Behaviour,
+    heard: Heard,
+    *,
+    wait_for: Any,
+    grace: float = 60,
+    frame: bytes | None = None,
 ) -> Readiness:
-    """Probe one sim desktop until `wait_for`, an awaitable of the test's, is done; None waits until it is ready."""
+    """Probe one sim desktop until `wait_for`, an awaitable of the test's, is done; None waits until it is ready. With a
+    `frame` it is probed as a clone."""
     settings = Settings(provider="sim", state_dir=tmp_path, screen=SCREEN)
     async with SimDriver(settings, "probe", behaviour=behaviour) as driver, aiohttp.ClientSession() as http:
         ends = (await driver.create(InstanceSpec("one", SCREEN), Report())).endpoints
-        ready = Readiness(Guest(http, ends.guest), Cdp(http, ends.cdp), SCREEN, 0.005, grace, heard)
+        ready = Readiness(Guest(http, ends.guest), Cdp(http, ends.cdp), SCREEN, 0.005, grace, heard, frame)
         waiting = asyncio.create_task(ready.wait())
         async with asyncio.timeout(20):
             await (wait_for or waiting)
@@ -192,3 +199,65 @@ async def test_a_launch_that_fails_is_told_and_tried_again() -> None:
         waiting.cancel()
         await asyncio.wait({waiting})
     assert "no such program" in next(note for note in heard.notes if "did not start" in note)
+
+
+async def test_invariant_10_a_clone_is_ready_by_its_frame_one_answer_and_one_listed_page(tmp_path: Path) -> None:
+    heard = Heard()
+    ready = await readiness(tmp_path, Behaviour(), heard, wait_for=None, frame=picture(window))
+    assert {name: probe.attempts for name, probe in ready.probes.items()} == {"screenshot": 1, "chrome_cdp": 1}
+    assert ready.probes["screenshot"].detail.startswith("frame from outside, guest answered in 0.")
+    assert heard.notes == []
+
+
+@pytest.mark.parametrize(
+    ("frame", "says"),
+    [
+        pytest.param(picture(), "one flat colour", id="flat"),
+        pytest.param(picture(window, (640, 480)), "640x480", id="other size"),
+        pytest.param(b"P6 320 240 255", "do not decode", id="no picture"),
+    ],
+)
+async def test_a_clone_whose_frame_shows_no_desktop_must_pass_as_if_it_had_been_booted(
+    tmp_path: Path, frame: bytes, says: str
+) -> None:
+    heard = Heard()
+    ready = await readiness(tmp_path, Behaviour(), heard, wait_for=None, frame=frame)
+    assert ready.probes["screenshot"].attempts == NEEDED
+    assert "320x240" in ready.probes["screenshot"].detail
+    assert [says in note for note in heard.notes] == [True]
+
+
+@pytest.mark.parametrize(
+    ("bad", "result"),
+    [
+        pytest.param("error", ProbeResult.FAIL, id="error"),
+        pytest.param("huge", ProbeResult.FAIL, id="endless"),
+        pytest.param("stall", ProbeResult.UNKNOWN, id="silence"),
+        pytest.param("cut", ProbeResult.UNKNOWN, id="cut"),
+    ],
+)
+async def test_a_clone_whose_guest_answers_badly_is_not_ready(
+    tmp_path: Path, bad: Any, result: ProbeResult, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "CLONE_TRY", 0.2)
+    heard = Heard()
+    behaviour = Behaviour(on={"/platform": Fault(bad, times=FOREVER)})
+    not_ready = heard.until("screenshot", result)
+    ready = await readiness(tmp_path, behaviour, heard, wait_for=not_ready, frame=picture(window))
+    assert not ready.probes["screenshot"].passed
+
+
+async def test_a_clone_that_is_slow_is_given_longer_with_every_try(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(probes, "CLONE_TRY", 0.1)
+    heard = Heard()
+    ready = await readiness(tmp_path, Behaviour(answer_s=0.3), heard, wait_for=None, frame=picture(window))
+    assert ready.probes["screenshot"].passed
+    assert "no answer within 0.15 s" in {probe.detail for probe in heard.probes}
+    assert 3 <= ready.probes["screenshot"].attempts <= 12
+
+
+async def test_a_guest_server_that_does_not_tell_its_platform_has_answered() -> None:
+    async with TestServer(web.Application()) as server, aiohttp.ClientSession() as http:
+        await Guest(http, str(server.make_url("")).rstrip("/")).answers(5)

@@ -19,6 +19,7 @@ import aiohttp
 import pytest
 from PIL import Image
 
+from envd.actions.gestures import Gesture, Key, Move, Press, Wheel
 from envd.drivers import make_driver
 from envd.drivers.base import InstanceSpec, Report
 from envd.drivers.sim import (
@@ -33,11 +34,12 @@ from envd.drivers.sim import (
     SimDriver,
     Way,
     boots_in_flight_max,
+    restores_in_flight_max,
 )
 from envd.drivers.sim.gui import Gui, run_python
 from envd.errors import BootFailed, EnvdError, GuestMisbehaved, GuestUnreachable, InfraError, SettingsError
 from envd.guest import Browser, Cdp, Guest
-from envd.models import Endpoints
+from envd.models import Endpoints, ResetPath
 from envd.settings import load
 
 SCREEN = (640, 480)
@@ -1027,3 +1029,55 @@ async def test_the_journal_tells_a_life_in_order() -> None:
 def test_boots_in_flight_are_counted_from_create_to_ready_or_gone(lines: list[str], most: int) -> None:
     journal = [(float(at), *line.split()) for at, line in enumerate(lines)]
     assert boots_in_flight_max(journal) == most  # type: ignore[arg-type]  # split gives lists, not pairs
+
+
+# Templates, room, consoles
+
+
+async def test_a_restored_desktop_comes_from_a_template_that_was_seen_to_be_ready() -> None:
+    seen: list[Endpoints] = []
+
+    class Listening(Report):
+        async def ready(self, endpoints: Endpoints) -> None:
+            seen.append(endpoints)
+
+    behaviour = Behaviour(create_s=0.01, boot_s=3600, cdp_s=3600, restore_s=0.01, restore_fails=1)
+    async with sim(behaviour, clone_width=4) as driver, aiohttp.ClientSession() as http:
+        assert (driver.next_path(), driver.traits.restore_width) == (ResetPath.COLD, 4)
+        made = [await driver.create(InstanceSpec(name, SCREEN), Listening()) for name in ("a", "b")]
+        assert driver.next_path() is ResetPath.RESTORE
+        assert [one.path for one in made] == [ResetPath.COLD, ResetPath.RESTORE]
+        assert [one.frame is not None for one in made] == [False, True]
+        assert [one == made[0].endpoints for one in seen] == [False, True]
+        await Guest(http, made[1].endpoints.guest).answers(5)
+        assert await Cdp(http, made[1].endpoints.cdp).pages()
+        assert driver.desktops["b"].ready.is_set()
+    assert boots_in_flight_max(driver.journal) == restores_in_flight_max(driver.journal) == 1
+
+
+async def test_a_console_sees_and_works_a_desktop_and_stops_it() -> None:
+    async with running(Behaviour(console=True)) as (driver, desktop, at, http):
+        console = driver.console("d-0")
+        assert console is not None
+        guest = Guest(http, at.guest)
+        done: list[Gesture] = [
+            Move(7, 9),
+            Press("left", True),
+            Press("left", False),
+            Key("a", True),
+            Key("a", False),
+            Wheel(2),
+        ]
+        await console.perform(done)
+        gui = desktop.gui
+        assert (gui.cursor, len(gui.clicks), gui.typed, gui.scrolled[1]) == ((7, 9), 1, "a", 2)
+        await console.pause()
+        with pytest.raises(GuestUnreachable):
+            await guest.answers(0.1)
+        assert (await console.picture()).startswith(b"\x89PNG")
+        await console.resume()
+        await guest.answers(5)
+        driver.kill("d-0")
+        with pytest.raises(InfraError) as gone:
+            await console.perform(done)
+        assert gone.value.facts["sent"] is False
