@@ -44,7 +44,7 @@ def cell(tmp_path: Path, *, role: Any = "desktop") -> dict[str, Any]:
 
 @pytest.fixture(params=["desktop", "foreign", "cell"])
 def recipe(request: pytest.FixtureRequest, tmp_path: Path) -> dict[str, Any]:
-    return {"desktop": desktop, "foreign": foreign, "cell": lambda: cell(tmp_path)}[request.param]()
+    return {"desktop": desktop(), "foreign": foreign(), "cell": cell(tmp_path)}[request.param]
 
 
 def test_every_port_is_of_this_host_alone_and_chosen_by_the_engine(recipe: dict[str, Any]) -> None:

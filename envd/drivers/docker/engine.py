@@ -112,13 +112,14 @@ class Engine:
         await self._close()
 
     @asynccontextmanager
-    async def asking(self, what: str, within: float = ANSWER) -> AsyncIterator[Docker]:
-        """A client for one call, or a few, that take no longer than `within` seconds together.
+    async def asking(self, what: str, within: float | None = None) -> AsyncIterator[Docker]:
+        """A client for one call, or a few, that take no longer than `within` seconds together (`ANSWER`).
 
         Raises BootFailed for what the engine refuses, as DockerUnavailable, ImageMissing, PortConflict, NoSpace or
         DiskUnusable where it is one of these. `what` completes "The Docker engine was to …".
         """
         assert self._client is not None
+        within = ANSWER if within is None else within
         try:
             with anyio.fail_after(within):
                 yield self._client

@@ -3,11 +3,14 @@ lines, time and bytes are bounded and nothing in them is trusted to be text."""
 
 from __future__ import annotations
 
+import asyncio
+import codecs
 import re
-from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 
 import aiohttp
+from aiodocker import Docker
 from aiodocker.exceptions import DockerError
 
 from .engine import Engine
@@ -39,28 +42,50 @@ def milestone(line: str) -> str | None:
 
 async def tail(engine: Engine, container_id: str, lines: int) -> tuple[str, ...]:
     """The last lines, also of a container that ended. Raises BootFailed when there is none."""
-    async with engine.asking("show a log", TAIL) as docker:
-        container = docker.containers.container(container_id)
-        pieces = await container.log(stdout=True, stderr=True, tail=lines)
-    return tuple(clean(line) for line in "".join(pieces).splitlines()[-lines:])
+    async with (
+        engine.asking("show a log", TAIL) as docker,
+        _log(docker, container_id, {"tail": str(lines)}) as pieces,
+    ):
+        text = "".join([piece async for piece in pieces])
+    return tuple(clean(line) for line in text.splitlines()[-lines:])
 
 
 async def follow(engine: Engine, container_id: str) -> AsyncGenerator[str, None]:
-    """Its lines from the first on, until it ends, its connection does, or `FOLLOWED` is reached. Raises nothing."""
+    """Its lines from the first on, until it ends, its connection does, or `FOLLOWED` is reached. Raises nothing. To be
+    closed by its reader (`contextlib.aclosing`)."""
     seen, rest = 0, ""
     try:
-        async with engine.stream() as docker:
-            container = docker.containers.container(container_id)
-            async with aclosing(container.log(stdout=True, stderr=True, follow=True)) as pieces:  # type: ignore[type-var]  # it is a generator
-                async for piece in pieces:
-                    *whole, rest = (rest + piece).split("\n")
-                    for line in whole:
-                        yield clean(line)
-                    rest = rest[:LINE]
-                    seen += len(piece)
-                    if seen > FOLLOWED:
-                        return
-    except (DockerError, aiohttp.ClientError, OSError, ValueError):
+        async with engine.stream() as docker, _log(docker, container_id, {"follow": "1"}) as pieces:
+            async for piece in pieces:
+                *whole, rest = (rest + piece).split("\n")
+                for line in whole:
+                    yield clean(line)
+                rest = rest[:LINE]
+                seen += len(piece)
+                if seen > FOLLOWED:
+                    return
+    except (DockerError, aiohttp.ClientError, OSError):
+        return
+
+
+@asynccontextmanager
+async def _log(docker: Docker, container_id: str, asked: Mapping[str, str]) -> AsyncIterator[AsyncIterator[str]]:
+    """Not by aiodocker's own `log`, which keeps its connection when it is left early. Raises DockerError."""
+    url = f"{docker.docker_host}/{docker.api_version}/containers/{container_id}/logs"
+    async with docker.session.get(url, params={"stdout": "1", "stderr": "1", **asked}) as response:
+        if response.status != 200:
+            raise DockerError(response.status, (await response.text())[:1000])
+        yield _pieces(response.content)
+
+
+async def _pieces(content: aiohttp.StreamReader) -> AsyncIterator[str]:
+    """Each comes after eight bytes: which stream it is of, and its length (Docker's API, "Attach to a container")."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    try:
+        while True:
+            header = await content.readexactly(8)
+            yield decoder.decode(await content.readexactly(int.from_bytes(header[4:], "big")))
+    except asyncio.IncompleteReadError:
         return
 
 
