@@ -37,6 +37,10 @@ _LINES, _LINE = 200, 500
 _ETC = ("ld.so.cache", "resolv.conf")
 """Of /etc: where libraries are, and who answers the guest's questions for names."""
 
+_WHEN_TOLD = 'echo; read -r _ && exec "$@" </dev/null'
+"""Runs QEMU once it is told to. bubblewrap binds the sandbox's life to its own only when that stands, so a daemon that
+is killed before leaves it behind; then nobody tells it, and it ends without a machine."""
+
 
 class ProcessCell(Cell):
     """Cells of one daemon, whose files are all under `root`. Made by `open`."""
@@ -56,17 +60,19 @@ class ProcessCell(Cell):
         await anyio.to_thread.run_sync(_end_strays, root)
         view = await anyio.to_thread.run_sync(_view)
         await _try(view)
-        async with anyio.create_task_group() as tasks:
-            cell = cls(root, qemu, view, tasks)
-            try:
-                yield cell
-            finally:
-                with anyio.move_on_after(_END_SECONDS, shield=True):
-                    for process in cell._processes.values():
-                        process.kill("the daemon ended")
-                    for process in cell._processes.values():
-                        await process.over.wait()
-                tasks.cancel_scope.cancel()
+        tasks = await anyio.create_task_group().__aenter__()
+        cell = cls(root, qemu, view, tasks)
+        try:
+            yield cell
+        finally:
+            with anyio.move_on_after(_END_SECONDS, shield=True):
+                for process in cell._processes.values():
+                    process.kill("the daemon ended")
+                for process in cell._processes.values():
+                    await process.over.wait()
+            tasks.cancel_scope.cancel()  # of a process that does not end; the others' are done
+            # What went wrong in the caller's block is not the group's business, and stays what it is.
+            await tasks.__aexit__(None, None, None)
 
     def forward(self, port: int) -> str:
         return "tcp:127.0.0.1:0"
@@ -230,8 +236,8 @@ async def _spawn(spec: CellSpec, sandbox: list[str]) -> _Process:
         held.callback(os.close, read)
         given_away.callback(os.close, write)
         process = await asyncio.create_subprocess_exec(
-            *(*sandbox, "--json-status-fd", str(write), "--", *spec.argv),
-            stdin=asyncio.subprocess.DEVNULL,
+            *(*sandbox, "--json-status-fd", str(write), "--", "sh", "-c", _WHEN_TOLD, "sh", *spec.argv),
+            stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             pass_fds=[write],
@@ -240,7 +246,14 @@ async def _spawn(spec: CellSpec, sandbox: list[str]) -> _Process:
         )
         given_away.close()
         init = await anyio.to_thread.run_sync(_first_process, read)
-        return _Process(spec.desktop_id, process, init, held.pop_all())
+        made = _Process(spec.desktop_id, process, init, held.pop_all())
+    assert process.stdin is not None
+    assert process.stdout is not None
+    complaint = (await process.stdout.readline()).strip()
+    made.printed.extend([complaint.decode(errors="replace")] if complaint else [])
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    return made
 
 
 def _first_process(status: int) -> int | None:
