@@ -31,7 +31,7 @@ MACHINE = {"ram_size": 2 * 1024**3, "cpu_cores": 2}
 
 @cache
 def shared() -> Path:
-    """A folder on memory-backed storage for what all tests of this run use: `templates`, and `saved` beside it."""
+    """A folder on memory-backed storage, whose `templates` all tests of this run use."""
     if kept := os.environ.get("ENVD_TEST_TEMPLATES"):
         path = Path(kept)
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -97,7 +97,7 @@ async def both_answer(endpoints: Endpoints, *, picture: bool = False) -> None:
         guest, cdp = Guest(session, endpoints.guest), Cdp(session, endpoints.cdp)
         while True:
             try:
-                await (guest.screenshot(timeout=20) if picture else guest.execute(["true"], timeout=5))
+                await (guest.screenshot(timeout=60) if picture else guest.execute(["true"], timeout=5))
                 await cdp.version(timeout=5)
                 return
             except EnvdError:
