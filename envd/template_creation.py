@@ -48,6 +48,7 @@ async def create(settings: Settings, output: Console | None = None) -> int:
             output.out("No template came of it; what was told above says why.")
             return 1
     await run_sync(_hand_over, settings)
+    output.out("There is a template for these settings now.")
     return 0
 
 
@@ -56,8 +57,8 @@ async def _refuse_without_templates(settings: Settings) -> None:
     if settings.templates == "off":
         raise SettingsError("ENVD_TEMPLATES=off: machines are booted each time.", hint="Unset it to have a template.")
     hint = "Set PROVIDER=docker and ENVD_DOCKER_IMAGE=envd/qemu, or PROVIDER=qemu."
-    if settings.provider not in ("docker", "qemu"):
-        raise SettingsError(f"PROVIDER={settings.provider} makes no virtual machines to clone.", hint=hint)
+    if settings.provider == "local":
+        raise SettingsError("PROVIDER=local makes no virtual machines to clone.", hint=hint)
     if settings.provider == "docker":
         (image, *_), trouble = await look(settings)
         if trouble is not None:

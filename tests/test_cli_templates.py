@@ -6,16 +6,21 @@ import asyncio
 import io
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
 
 import pytest
+from daemon_process import environment
 from rich.console import Console
+from vm_engine import shared
 
-from envd.errors import NotFound, SettingsError
+from envd.daemon import locked
+from envd.errors import NotFound
 from envd.settings import Settings
-from envd.template_creation import create
+from envd.template_creation import PLACE
 from envd.templates import ls, remove, verify
 from envd.vm.disks import Disk
 from envd.vm.machine import Machine
@@ -138,6 +143,70 @@ def test_verify_finds_a_changed_byte_that_left_no_time(tmp_path: Path) -> None:
     assert told[changed.key[:8]].startswith("ram is not what it was")
 
 
-def test_create_refuses_when_templates_are_off(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match="ENVD_TEMPLATES=off"):
-        run(create(settings(tmp_path, templates="off")))
+def command(folder: Path, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "envd", "templates", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+        env=environment(folder / "state", changes),
+        cwd=folder,
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        pytest.param({"ENVD_TEMPLATES": "off"}, "ENVD_TEMPLATES=off", id="off"),
+        pytest.param({"PROVIDER": "local"}, "makes no virtual machines", id="local"),
+        pytest.param({"PROVIDER": "docker", "DOCKER_HOST": "unix:///nonexistent"}, "does not run", id="no engine"),
+    ],
+)
+def test_what_can_never_be_cloned_is_refused_in_two_lines(tmp_path: Path, changes: dict[str, str], told: str) -> None:
+    ran = command(tmp_path, "create", **changes)
+    assert (ran.returncode, ran.stdout, len(ran.stderr.splitlines())) == (1, "", 2)
+    assert told in ran.stderr
+    assert not (tmp_path / "state").exists()
+
+
+def test_creating_one_beside_a_daemon_is_shown_as_it_goes(tmp_path: Path) -> None:
+    with locked(tmp_path / "state"):  # as by a daemon that runs
+        ran = command(tmp_path, "create", ENVD_SIM="boot=0.5,restore=0.1")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert [word for word in ("· template", "✓ screenshot", "· clone", "succeeded") if word not in ran.stdout] == []
+    assert ran.stdout.splitlines()[-1] == "There is a template for these settings now."
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "told"),
+    [
+        pytest.param("boot=0.1", "No template came of it", id="cannot be cloned"),
+        pytest.param("boot=0.1,fail=1", "[instance_died]", id="died"),
+    ],
+)
+def test_a_boot_that_gives_no_template_says_so(tmp_path: Path, behaviour: str, told: str) -> None:
+    ran = command(tmp_path, "create", ENVD_SIM=behaviour)
+    assert (ran.returncode, ran.stderr) == (1, "")
+    assert told in ran.stdout.splitlines()[-1]
+
+
+def test_two_that_create_at_once_do_not_meet(tmp_path: Path) -> None:
+    with locked(tmp_path / "state" / PLACE):
+        ran = command(tmp_path, "create", ENVD_SIM="restore=0.1")
+    assert ran.returncode == 1
+    assert str(os.getpid()) in ran.stderr
+
+
+@pytest.mark.qemu
+@pytest.mark.timeout(700)
+def test_a_machine_that_was_frozen_from_here_is_the_daemons_template(tmp_path: Path) -> None:
+    changes = {"PROVIDER": "qemu", "RAM_SIZE": "2G", "CPU_CORES": "2", "ENVD_TEMPLATE_DIR": str(shared() / "templates")}
+    made = command(tmp_path, "create", **changes)
+    assert (made.returncode, made.stderr) == (0, "")
+    again = command(tmp_path, "create", **changes)
+    assert (again.returncode, again.stdout) == (0, "There is a template for these settings already.\n")
+    (head, *_) = command(tmp_path, "ls", **changes).stdout.splitlines()
+    assert head.split("  ")[1].startswith("ready")
+    assert command(tmp_path, "verify", head.split()[0], **changes).returncode == 0
+    assert not list((tmp_path / "state" / PLACE / "qemu" / "desktops").iterdir())
