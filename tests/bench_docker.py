@@ -14,6 +14,7 @@ import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 
 import structlog
 from bench_docker_figures import Beside
@@ -48,7 +49,7 @@ async def main(given: argparse.Namespace) -> bool:
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     figures = Beside()
     whole = True
-    with place() as where:
+    with place(given.templates) as where:
         run = Run(figures, where, given.provider, given.clones, given.resets, tuple(given.bursts))
         machines = run.machines()
         figures.values |= {"provider": given.provider, "guest_memory_bytes": machines.ram_size}
@@ -60,7 +61,8 @@ async def main(given: argparse.Namespace) -> bool:
         except TimeoutError:
             figures.note("limit", f"The rest was given up after {given.limit:g} s.")
             whole = False
-    figures.show()
+        finally:
+            figures.show()
     return whole
 
 
@@ -94,6 +96,7 @@ if __name__ == "__main__":
     parser.add_argument("--clones", type=int, default=20)
     parser.add_argument("--resets", type=int, default=10, help="container boots and hand-overs of spares")
     parser.add_argument("--bursts", type=numbers, default=[2, 4, 8, 12])
+    parser.add_argument("--templates", type=Path, help="a folder in memory whose templates are used, and stay")
     parser.add_argument("--limit", type=float, default=3600, help="seconds after which the rest is given up")
     structlog.configure(
         wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING),

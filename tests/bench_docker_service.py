@@ -48,14 +48,14 @@ class Place:
 
 
 @contextmanager
-def place() -> Iterator[Place]:
-    """Fresh directories, gone at the end of the block; the templates' one in memory."""
+def place(kept: Path | None = None) -> Iterator[Place]:
+    """Fresh directories, gone at the end of the block; the templates' one in memory, or `kept`, which stays."""
     memory = Path("/dev/shm")
     with (
         tempfile.TemporaryDirectory(prefix="envd-bench-") as state,
         tempfile.TemporaryDirectory(prefix="envd-bench-", dir=memory if memory.is_dir() else None) as templates,
     ):
-        yield Place(Path(state), Path(templates))
+        yield Place(Path(state), kept or Path(templates))
 
 
 def settings(where: Place, **changes: Any) -> Settings:

@@ -69,6 +69,9 @@ async def measure_cold(run: Run) -> None:
 async def measure_template(run: Run) -> None:
     """The first reset on a host: a cold boot, the template with its trials, and a clone of it."""
     async with running(run.machines()) as service:
+        if service.driver.next_path() is ResetPath.RESTORE:
+            run.figures.note("template", "template: there was one already, so none was made.")
+            return
         first = await reset(service)
     run.figures.add("first_reset_s", "first desktop of a host: boot, template, trials, clone", first.ready, "s")
     for phase in first.job.phases[: first.names().index("set_up")]:

@@ -51,7 +51,8 @@ class Counts:
     shmem_mb: float
     available_mb: float
     others: frozenset[str] = frozenset()
-    """What is not ours and may move the totals: containers, images, machines, and entries of /dev/shm."""
+    """What is not ours and may move the totals: containers, images, machines, and entries of
+    /dev/shm, but for semaphores, which take nothing."""
 
     def since(self, before: Counts) -> list[str]:
         """What is not where it was, in words."""
@@ -124,7 +125,8 @@ class Ledger:
     def _others(self, ours: set[str], every: list[Process]) -> frozenset[str]:
         known = {(one.pid, one.started) for one in self.processes}
         machines = {str(one.pid) for one in every if one.is_machine and (one.pid, one.started) not in known}
-        shared = set(os.listdir("/dev/shm")) - {str((self.settings.template_dir or Path()).name)}
+        mine = (self.settings.template_dir or Path()).name
+        shared = {name for name in os.listdir("/dev/shm") if name != mine and not name.startswith("sem.")}
         return frozenset({*self._containers(), *self._images(), *machines, *shared} - ours)
 
     def _containers(self, *filters: str) -> list[str]:
