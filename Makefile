@@ -31,8 +31,8 @@ install: $(STAMP)
 
 evaluators: $(EVALUATORS_STAMP)
 
-images:
-	@deploy/make-images.sh
+images: install
+	@PYTHON=$(BIN)/python deploy/make-images.sh
 
 check: install
 	$(BIN)/ruff format --check envd tests
@@ -60,8 +60,8 @@ system-all:
 	@deploy/system-packages.sh all
 
 # A Docker engine that runs, our images and the guest disk; without them their tests are skipped, but not in CI.
-engines:
-	@deploy/test-engines.sh
+engines: install
+	@PYTHON=$(BIN)/python deploy/test-engines.sh
 
 $(STAMP): pyproject.toml constraints.txt
 	@deploy/make-venv.sh "$(PYTHON)" "$(VENV)"
