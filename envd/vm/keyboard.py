@@ -1,7 +1,7 @@
 """A US keyboard: pyautogui's key names and the keys of QEMU that they are.
 
 What pyautogui names and no US keyboard has (`help`, `select`, `f13`, …) is not here; neither is any character that
-needs another layout. The names of QEMU are `QKeyCode` of its QMP reference.
+needs another layout; nor `decimal`, which on that keyboard is Del unless Num Lock is on. The names of QEMU are `QKeyCode` of its QMP reference.
 """
 
 from __future__ import annotations
@@ -50,7 +50,6 @@ _NAMED: Final = {
     **dict.fromkeys(("print", "printscreen", "prntscrn", "prtsc", "prtscr"), "print"),
     **{f"num{digit}": f"kp_{digit}" for digit in range(10)},
     **{"add": "kp_add", "subtract": "kp_subtract", "multiply": "kp_multiply", "divide": "kp_divide"},
-    **{"decimal": "kp_decimal"},
     **{f"f{number}": f"f{number}" for number in range(1, 13)},
 }
 
