@@ -60,13 +60,20 @@ async def _measure_pause(figures: Beside, console: Console) -> None:
 
 
 async def _measure_console(figures: Beside, console: Console, inside: dict[str, float]) -> None:
-    clicks = [await seconds(console.perform(_click(number))) for number in range(FROM_OUTSIDE)]
-    looks = [await seconds(console.picture()) for _ in range(FROM_OUTSIDE)]
-    for name, what, took in (("click", "click", clicks), ("picture", "picture", looks)):
-        figures.spread_against(name, f"{name}_host_{{}}_ms", f"{what} from outside", in_ms(took), "ms")
-        figures.add(f"{name}_guest_p50_ms", f"{what} inside, p50 of {INSIDE}", inside[name] * 1000, "ms")
-        times = inside[name] / statistics.median(took)
-        figures.add(f"{name}_ratio", f"{what}: inside : from outside", times, "")
+    if console.input:
+        clicks = [await seconds(console.perform(_click(number))) for number in range(FROM_OUTSIDE)]
+        _beside_inside(figures, "click", clicks, inside["click"])
+    if console.pictures:
+        looks = [await seconds(console.picture()) for _ in range(FROM_OUTSIDE)]
+        _beside_inside(figures, "picture", looks, inside["picture"])
+    if not (console.input and console.pictures):
+        figures.note("hands", f"hands: seen to work: input {console.input}, pictures {console.pictures}.")
+
+
+def _beside_inside(figures: Beside, name: str, took: list[float], inside: float) -> None:
+    figures.spread_against(name, f"{name}_host_{{}}_ms", f"{name} from outside", in_ms(took), "ms")
+    figures.add(f"{name}_guest_p50_ms", f"{name} inside, p50 of {INSIDE}", inside * 1000, "ms")
+    figures.add(f"{name}_ratio", f"{name}: inside : from outside", inside / statistics.median(took), "")
 
 
 async def _measure_steps(figures: Beside, service: Service, inside: float) -> None:
