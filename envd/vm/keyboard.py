@@ -1,7 +1,8 @@
 """A US keyboard: pyautogui's key names and the keys of QEMU that they are.
 
 What pyautogui names and no US keyboard has (`help`, `select`, `f13`, …) is not here; neither is any character that
-needs another layout; nor `decimal`, which on that keyboard is Del unless Num Lock is on. The names of QEMU are `QKeyCode` of its QMP reference.
+needs another layout, nor `decimal`, which on that keyboard is Del unless Num Lock is on. The names of QEMU are
+`QKeyCode` of its QMP reference.
 """
 
 from __future__ import annotations
