@@ -3,9 +3,11 @@ may be stopped, since the one of this host is everybody's."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import shutil
+import signal
 import subprocess
 import tarfile
 import tempfile
@@ -152,16 +154,51 @@ class OwnEngine:
             assert time.monotonic() < deadline, (directory / "log").read_text()[-2000:]
             time.sleep(0.1)
 
+    @property
+    def stopped(self) -> bool:
+        return self._process is None
+
     def stop(self) -> None:
-        """As a restart of the machine's service does: its containers end with it."""
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait(40)
+        """As the service of a machine is stopped: its containers end with it."""
+        self._end(signal.SIGTERM)
 
     def kill(self) -> None:
-        assert self._process is not None
-        self._process.kill()
-        self._process.wait(20)
+        """Its containers go on, until it comes back and ends them. The program that it runs containers with dies with
+        it, and the next engine could not start while that does."""
+        helper = int((self._directory / "exec/containerd/containerd.pid").read_text())
+        self._end(signal.SIGKILL)
+        deadline = time.monotonic() + 20
+        while Path(f"/proc/{helper}").exists() and time.monotonic() < deadline:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(helper, signal.SIGKILL)
+            time.sleep(0.02)
+
+    def sweep(self) -> None:
+        """End what a killed engine left running and the next did not find, and take its mounts away."""
+        for shim in _processes_with(str(self._directory)):
+            inside = Path(f"/proc/{shim}/task/{shim}/children")
+            with contextlib.suppress(OSError):
+                for pid in (*map(int, inside.read_text().split()), shim):
+                    os.kill(pid, signal.SIGKILL)
+        mounts = [line.split()[1] for line in Path("/proc/mounts").read_text().splitlines()]
+        for mount in reversed([each for each in mounts if each.startswith(f"{self._directory}/")]):
+            subprocess.run(["umount", "--lazy", mount], check=False)
+
+    def _end(self, number: signal.Signals) -> None:
+        if self._process is not None:
+            self._process.send_signal(number)
+            self._process.wait(40)
+            self._process = None
+
+
+def _processes_with(words: str) -> list[int]:
+    """Those on whose command line the words are."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError):
+            if entry.name.isdigit() and words.encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+    return found
 
 
 @contextmanager
@@ -181,6 +218,7 @@ def running_engine() -> Iterator[OwnEngine]:
             yield engine
         finally:
             engine.stop()
+            engine.sweep()
             subprocess.run(["ip", "link", "del", bridge], check=False)
 
 

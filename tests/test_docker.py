@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -347,12 +348,9 @@ async def test_an_engine_that_is_not_there_says_why(
 
 async def test_an_engine_that_hangs_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("envd.drivers.docker.engine.ANSWER", 0.5)
-
-    async def hang(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        await reader.read()
-        writer.close()
-
-    async with await asyncio.start_unix_server(hang, tmp_path / "hung.sock"):
+    with socket.socket(socket.AF_UNIX) as hung:
+        hung.bind(str(tmp_path / "hung.sock"))
+        hung.listen()
         with pytest.raises(StartError, match="does not answer") as caught:
             async with driver(tmp_path, docker_host=f"unix://{tmp_path}/hung.sock"):
                 pass

@@ -6,28 +6,34 @@ A driver takes part by being an item of DRIVERS: how it is made, and how one of 
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import aiohttp
 import anyio
 import pytest
 from PIL import Image
+from vm_engine import MACHINE, SCREEN, Told, engine, shared
 
-import envd.drivers.local  # noqa: F401 - here, since an import blocks and drivers are imported when they are chosen
+import envd.drivers.docker
+import envd.drivers.local
+import envd.drivers.qemu  # noqa: F401 - here, since an import blocks and drivers are imported when they are chosen
 from envd.boot.probes import Readiness
 from envd.drivers import make_driver
-from envd.drivers.base import Death, Driver, InstanceSpec, Report
+from envd.drivers.base import Death, Driver, InstanceSpec, Made, Report
+from envd.drivers.qemu import QemuDriver
 from envd.drivers.sim import SimDriver
 from envd.errors import BootFailed, GuestMisbehaved
 from envd.guest import Cdp, Guest
-from envd.models import Endpoints, Probe
+from envd.models import Endpoints, Probe, ResetPath
 from envd.settings import Settings
-
-SCREEN = (800, 600)
+from envd.vm.running import process_of
 
 
 @dataclass(frozen=True)
@@ -35,9 +41,19 @@ class Provider:
     name: str
     kill: Callable[[Driver, str, Endpoints], Awaitable[str]]
     """Make the instance die by itself. Returns a word that the reason of its death must have."""
+    image: str = "envd/desktop"
+    virtual: bool = False
+    """Whether its desktops are virtual machines, which are clones of one template then."""
 
     def driver(self, state_dir: Path, daemon_id: str = "test") -> Driver:
-        return make_driver(Settings(provider=self.name, state_dir=state_dir, screen=SCREEN), daemon_id)
+        machine: dict[str, Any] = {"template_dir": shared() / "templates", **MACHINE} if self.virtual else {}
+        about: dict[str, Any] = {
+            "provider": self.name,
+            "state_dir": state_dir,
+            "screen": SCREEN,
+            "docker_image": self.image,
+        }
+        return make_driver(Settings(**about, **machine), daemon_id)
 
 
 async def stop_the_sim(driver: Driver, instance_id: str, _: Endpoints) -> str:
@@ -52,11 +68,39 @@ async def kill_the_x_server(_: Driver, __: str, endpoints: Endpoints) -> str:
     return "X server"
 
 
+async def kill_the_containers_x_server(driver: Driver, instance_id: str, endpoints: Endpoints) -> str:
+    await kill_the_x_server(driver, instance_id, endpoints)
+    return "its container ended with code"
+
+
+async def kill_the_machine(driver: Driver, instance_id: str, _: Endpoints) -> str:
+    assert isinstance(driver, QemuDriver)
+    process = await anyio.to_thread.run_sync(process_of, driver.desktops / instance_id / "desktop")
+    assert process is not None
+    os.kill(int(process.name), signal.SIGKILL)
+    return "SIGKILL"
+
+
 DRIVERS = [
     pytest.param(Provider("sim", stop_the_sim), id="sim"),
     pytest.param(Provider("local", kill_the_x_server), id="local", marks=pytest.mark.local),
+    pytest.param(Provider("docker", kill_the_containers_x_server), id="docker", marks=pytest.mark.docker),
+    pytest.param(
+        Provider("qemu", kill_the_machine, virtual=True),
+        id="qemu",
+        marks=[pytest.mark.qemu, pytest.mark.timeout(900)],  # the first of them waits for the template
+    ),
 ]
 every_driver = pytest.mark.parametrize("provider", DRIVERS)
+
+
+@pytest.fixture(autouse=True)
+async def a_template_is_there(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """For virtual machines: made by the first test, in minutes, so that each desktop of all tests comes in seconds."""
+    if request.node.callspec.params["provider"].virtual:
+        async with engine(tmp_path_factory.mktemp("template")) as machines:
+            if machines.next_path() is not ResetPath.RESTORE:
+                await machines.create(spec("template"), Told())
 
 
 class Silent:
@@ -239,7 +283,7 @@ async def test_destroy_during_create_ends_both(provider: Provider, seconds: floa
         await asyncio.sleep(seconds)
         await driver.destroy("a-1")
         [outcome] = await asyncio.gather(creating, return_exceptions=True)
-        assert isinstance(outcome, BootFailed | Endpoints)
+        assert isinstance(outcome, BootFailed | Made)
         await driver.destroy("a-1")
         assert await listed(driver) == set()
 

@@ -34,7 +34,7 @@ OVERLAP = 2.0
 """Seconds of events that are asked for once more, since clocks are read at two places."""
 PAUSES = (0.05, 0.1, 0.2, 0.5, 1.0)
 """Seconds before the next list, the longer the more often the engine did not answer."""
-POST_MORTEM = 1.0
+POST_MORTEM = 1.4
 """Seconds for finding out what a container died of: its death is told within two."""
 EVENTS = ["die", "oom", "kill", "pause", "unpause", "destroy"]
 LAST_WORDS = 200
@@ -60,6 +60,8 @@ class Life:
     signalled: int | None = None
     """The last signal that somebody sent it through the engine."""
     concluding: bool = False
+    removed: bool = False
+    """By somebody else."""
 
     async def ended(self) -> Death:
         await self.over.wait()
@@ -183,6 +185,7 @@ class Watch:
             case "pause" | "unpause" as action:
                 self._pause(life, action == "pause")
             case "destroy":
+                life.removed = True
                 self._conclude(life)
 
     def _pause(self, life: Life, paused: bool) -> None:
@@ -217,7 +220,7 @@ class Watch:
                 gone = is_absent(error)
         if exit_code is None and state:
             exit_code = int(state["ExitCode"])
-        gone = gone or state.get("Status") == "removing"
+        gone = gone or life.removed or state.get("Status") == "removing"
         life.out_of_memory = life.out_of_memory or bool(state.get("OOMKilled"))
         life.end(_reason(life, exit_code, gone=gone, error=state.get("Error", ""), words=words), exit_code)
 
@@ -237,7 +240,7 @@ def _reason(life: Life, exit_code: int | None, *, gone: bool, error: str, words:
     elif life.signalled is not None:
         reason = f"its container was sent signal {life.signalled} from outside"
     elif exit_code == 128 + signal.SIGKILL:
-        reason = "it was killed, and not through Docker: this host may be out of memory (`dmesg` tells)"
+        reason = "its container ended with code 137: killed, and not through Docker. Is this host out of memory?"
     elif life.out_of_memory:
         reason = (
             f"its container ended with code {exit_code}, after a process in it had been killed at the limit of {limit}"
