@@ -217,7 +217,7 @@ class Engine:
         report.phase("restore")
         await self._admission.for_memory(plan.machine.memory + OVERHEAD, "a full state", report)
         stand_in = self._machines.root / spec.id / SAVED
-        await anyio.to_thread.run_sync(self._saved.stand_in, plan, stand_in)
+        await anyio.to_thread.run_sync(self._saved.stand_in, plan.key, stand_in)
         state = self._saved.state(plan.key)
         opening = self._machines.clone(plan, spec, report, template=stand_in, state=state, memory=True)
         return await self._go_on(await self._hold(spec.id, opening), spec, report, template)

@@ -115,9 +115,11 @@ class Machines:
         memory: bool = False,
         seen: HostIo = UNTRIED,
     ) -> AsyncIterator[Running]:
-        """A machine that stands where `state` was saved, paused. `memory`: the state holds the memory as well."""
+        """A machine that stands where `state` was saved, paused. `memory`: the state holds the memory as well, and the
+        machine has its own instead of the template's."""
+        ram: Ram = "own" if memory else "clone"
         async with self._started(
-            plan, spec, report, part, f"{TEMPLATE}/{OVERLAY}", "clone", template, seen, None
+            plan, spec, report, part, f"{TEMPLATE}/{OVERLAY}", ram, template, seen, None, waits=memory
         ) as running:
             async with self.alive(running.name, running.serial):
                 await running.monitor.load_state(state, memory=memory, timeout=_LOAD_SECONDS)
@@ -217,7 +219,11 @@ class Machines:
         template: Path | None,
         seen: HostIo,
         on_phase: Callable[[str], None] | None,
+        waits: bool = False,
     ) -> AsyncIterator[Running]:
+        """`waits`: for its state, as a clone does anyway."""
+        forwards = {port: self.cell.forward(port) for port in PORTS}
+        argv = [*command(plan.machine, forwards=forwards, ram=ram), *(("-incoming", "defer") if waits else ())]
         run = self.root / spec.id / part
         await anyio.to_thread.run_sync(_lay_out, run, backing, plan.size)
         serial = self._serials[spec.id] = SerialLog(run / "serial.log", on_phase)
@@ -225,7 +231,7 @@ class Machines:
             name=spec.id + _SUFFIX[part],
             desktop_id=spec.id,
             role=_ROLE[part],
-            argv=tuple(command(plan.machine, forwards={port: self.cell.forward(port) for port in PORTS}, ram=ram)),
+            argv=tuple(argv),
             run=run,
             memory=plan.machine.memory,
             disk=plan.disk.path,

@@ -50,13 +50,12 @@ class Saved:
     def state(self, key: str) -> Path:
         return self.root / key / STATE
 
-    def stand_in(self, plan: Plan, directory: Path) -> None:
-        """Lay out a folder that takes the template's place for one machine: its memory is empty, and is filled by the
-        state. Blocks. Raises OSError."""
+    def stand_in(self, key: str, directory: Path) -> None:
+        """Lay out a folder that takes the template's place for one machine, which has memory of its own. Blocks.
+        Raises OSError."""
         directory.mkdir(mode=0o700, parents=True)
-        with (directory / RAM).open("xb") as ram:
-            ram.truncate(plan.machine.memory)
-        os.link(self.root / plan.key / OVERLAY, directory / OVERLAY)
+        (directory / RAM).touch(mode=0o600)
+        os.link(self.root / key / OVERLAY, directory / OVERLAY)
 
     def forget(self, key: str) -> None:
         """Blocks."""
