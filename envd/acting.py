@@ -58,7 +58,8 @@ async def act(
 ) -> ActionResult:
     """Carry out one program, once whatever happens, then rest `pause` seconds. `wait` is how long WAIT lasts.
 
-    At the `console` of a screen of (width, height) px if that is all that the program needs, else in the guest. What
+    At the `console` of a screen of (width, height) px if that is all that the program needs and it takes so much at once
+    (not a long text), else in the guest. What
     fails one way is not tried the other way.
     """
     began = time.monotonic()
@@ -68,7 +69,7 @@ async def act(
         seconds = round(time.monotonic() - began, 4)
         return ActionResult(action=str(step), outcome=ActionOutcome.SPECIAL, seconds=seconds)
     gestures = gestures_for(step.code, screen) if console is not None and console.input else None
-    if console is not None and gestures is not None:
+    if console is not None and gestures is not None and console.takes(gestures):
         done = await _at_the_console(console, gestures)
     else:
         done = await _in_the_guest(guest, step.code)

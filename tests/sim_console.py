@@ -24,6 +24,9 @@ class SimConsole:
         self.broken: bool | None = None
         self.fails = ""
 
+    def takes(self, gestures: Sequence[Gesture]) -> bool:
+        return len(gestures) <= 60
+
     async def picture(self) -> bytes:
         return await self.desktop.screenshot()
 

@@ -79,6 +79,9 @@ class Console(Protocol):
     def input(self) -> bool:
         """Whether its gestures were seen to arrive in the guest. Else programs go to the guest's own server."""
 
+    def takes(self, gestures: Sequence[Gesture]) -> bool:
+        """Whether so much input at once is sure to arrive, also in a guest that is too busy to look at it."""
+
     async def picture(self) -> bytes:
         """The screen as PNG, pointer included."""
 

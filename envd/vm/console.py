@@ -35,6 +35,9 @@ SPARED = 32
 """Buffers of a device that are left alone: what a guest that stood still takes at once must fit into its kernel."""
 NO_ROOM = 20.0
 """Seconds after which a guest that takes no events never will."""
+KEPT = 60
+"""Of the kernel's 64 places for each reader of a device (evdev.c: EVDEV_MIN_BUFFER_SIZE). An event and the one that ends
+its group take one each: a letter four, a capital eight, a click four, a movement three."""
 PATIENCE = 10.0
 """Seconds for QEMU to answer one command."""
 LETTING_GO = 2.0
@@ -99,6 +102,16 @@ class VmConsole:
     @property
     def input(self) -> bool:
         return self._seen.input
+
+    def takes(self, gestures: Sequence[Gesture]) -> bool:
+        """Whether it fits into what the guest's kernel keeps for an X server that reads nothing for a while."""
+        keys = sum(
+            6 if KEYS[gesture.name][1] and gesture.down else 2 for gesture in gestures if isinstance(gesture, Key)
+        )
+        hands = sum(
+            _POINTED[type(gesture)] * (abs(gesture.up) if isinstance(gesture, Wheel) else 1) for gesture in gestures
+        )
+        return max(keys, hands) <= KEPT
 
     async def picture(self) -> bytes:
         async with self._eyes:
@@ -213,6 +226,10 @@ class VmConsole:
         wanted = [_middle(place, size) for place, size in zip((x, y), self._screen, strict=True)]
         self._place = tuple(place + (place == last) for place, last in zip(wanted, self._place, strict=True))
         return _axis("x", self._place[0]), _axis("y", self._place[1])
+
+
+_POINTED: Mapping[type[Gesture], int] = {Move: 3, Press: 2, Wheel: 4, Key: 0, Rest: 0}
+"""Places that each takes in the queue of the tablet."""
 
 
 def _middle(pixel: int, pixels: int) -> int:

@@ -93,7 +93,8 @@ def _hardware(machine: Machine) -> Iterator[str]:
     yield from ("-rtc", "base=utc,clock=host")
     yield from ("-boot", "menu=off,strict=on")
     yield from ("-device", f"VGA,edid=on,xres={width},yres={height},vgamem_mb={_vga_memory(width, height) // MIB}")
-    yield from ("-device", "qemu-xhci,id=usb", "-device", "usb-kbd,bus=usb.0", "-device", "usb-tablet,bus=usb.0")
+    # virtio, since its queues can be looked into (`console.py`); of USB devices nobody knows what they lost.
+    yield from ("-device", "virtio-keyboard-pci,id=keyboard", "-device", "virtio-tablet-pci,id=tablet")
     yield from ("-device", "virtio-blk-pci,drive=disk,bootindex=0")
     yield from ("-device", f"virtio-net-pci,netdev=net,mac={machine.mac},romfile=")
     yield from ("-device", "virtio-serial-pci", "-device", f"virtserialport,chardev=identity,name={IDENTITY_PORT}")

@@ -24,6 +24,9 @@ class SimConsole:
         self._desktop = desktop
         self._turn = asyncio.Lock()
 
+    def takes(self, gestures: Sequence[Gesture]) -> bool:
+        return len(gestures) <= 60
+
     async def picture(self) -> bytes:
         self._must_live()
         return await self._desktop.screenshot()
