@@ -35,6 +35,9 @@ from envd.models import Endpoints, Probe, ResetPath
 from envd.settings import Settings
 from envd.vm.running import process_of
 
+PATIENCE = 60
+"""Seconds for what takes parts of one where nothing is emulated: there a new page alone takes ten."""
+
 
 @dataclass(frozen=True)
 class Provider:
@@ -117,7 +120,7 @@ def spec(name: str) -> InstanceSpec:
 async def ready(driver: Driver, *names: str) -> AsyncIterator[list[Endpoints]]:
     """Instances that have passed both probes, and are destroyed afterwards."""
     try:
-        async with asyncio.timeout(60), aiohttp.ClientSession() as http:
+        async with asyncio.timeout(2 * PATIENCE), aiohttp.ClientSession() as http:
             made = [(await driver.create(spec(name), Report())).endpoints for name in names]
             for endpoints in made:
                 guest, cdp = Guest(http, endpoints.guest), Cdp(http, endpoints.cdp)
@@ -196,9 +199,9 @@ async def test_pages_are_opened_visited_and_closed_over_the_websocket(provider: 
         cdp = Cdp(http, at.cdp)
         async with cdp.browser() as browser:
             [first] = await browser.pages()
-            made = (await browser.send("Target.createTarget", {"url": "about:blank"}))["targetId"]
+            made = (await browser.send("Target.createTarget", {"url": "about:blank"}, timeout=PATIENCE))["targetId"]
             session = await browser.attach(made)
-            await browser.send("Page.enable", session_id=session)
+            await browser.send("Page.enable", session_id=session, timeout=PATIENCE)
             with browser.events("Page.loadEventFired", session) as loads:
                 await browser.send("Page.navigate", {"url": "about:blank?x"}, session_id=session)
                 await loads.receive()
@@ -207,7 +210,7 @@ async def test_pages_are_opened_visited_and_closed_over_the_websocket(provider: 
                 await browser.send("Target.closeTarget", {"targetId": made})
                 assert (await ends.receive())["sessionId"] == session
         assert [page["id"] for page in await cdp.pages()] == [first["targetId"]]
-        assert await cdp.painted(10)
+        assert await cdp.painted(PATIENCE)
 
 
 @every_driver

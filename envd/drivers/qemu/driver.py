@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AsyncExitStack
+from pathlib import Path
 from types import TracebackType
 from typing import ClassVar, Self
 
@@ -33,6 +34,11 @@ class QemuDriver(Driver):
         self._qemu: Qemu
         self._engine: Engine
         self._open: AsyncExitStack
+
+    @property
+    def desktops(self) -> Path:
+        """Holds a folder for each, with the machine's directory in it."""
+        return self._root / "desktops"
 
     @property
     def image(self) -> str:
