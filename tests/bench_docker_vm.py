@@ -25,14 +25,14 @@ IDLE = 10.0
 """Seconds that clones rest before their memory is called idle."""
 CLONES_WEIGHED = 4
 PAGE = """<!doctype html><title>bench</title><style>p{column-count:3;text-shadow:1px 1px 2px #888}</style><canvas id=c
-width=1600 height=800></canvas><script>
+width=800 height=400></canvas><script>
 const pen = document.getElementById('c').getContext('2d');
-for (let i = 0; i < 2000; i++) {
-pen.fillStyle = `hsl(${i % 360} 70% 60%)`; pen.fillRect(i * 7 % 1600, i * 3 % 800, 40, 40) }
-for (let i = 0; i < 400; i++) { const p = document.createElement('p'); p.textContent = `Paragraph ${i}. `.repeat(60);
+for (let i = 0; i < 500; i++) {
+pen.fillStyle = `hsl(${i % 360} 70% 60%)`; pen.fillRect(i * 7 % 800, i * 3 % 400, 20, 20) }
+for (let i = 0; i < 60; i++) { const p = document.createElement('p'); p.textContent = `Paragraph ${i}. `.repeat(30);
 document.body.append(p) }
 </script>"""
-"""A page that takes some drawing and a few hundred kilobytes of text; it needs no network, which a guest may not
+"""A page that takes some drawing and some pages of text; it needs no network, which a guest may not
 have."""
 
 
@@ -148,7 +148,7 @@ async def measure_memory(run: Run) -> None:
     many = f"one of {CLONES_WEIGHED} clones"
     what = f"{many}, idle: its QEMU's share (PSS)"
     figures.against("memory", "memory_idle_mb", what, idle.qemu / MB, "MB", aim=200)
-    figures.add("memory_idle_own_mb", "  of that its alone", idle.own / MB, "MB")
+    figures.add("memory_idle_own_mb", "  of that its alone, which is what one more costs", idle.own / MB, "MB")
     figures.add("memory_beside_mb", "  beside it: container, shim, proxies of its ports", idle.beside / MB, "MB")
     freed = (before["MemAvailable"] - after["MemAvailable"]) / CLONES_WEIGHED / MB
     figures.add("memory_idle_host_mb", "  the same by what the host has left, disk cache included", freed, "MB")
