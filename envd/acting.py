@@ -58,9 +58,8 @@ async def act(
 ) -> ActionResult:
     """Carry out one program, once whatever happens, then rest `pause` seconds. `wait` is how long WAIT lasts.
 
-    At the `console` of a screen of (width, height) px if that is all that the program needs and it takes so much at once
-    (not a long text), else in the guest. What
-    fails one way is not tried the other way.
+    At the `console` of a screen of (width, height) px if that is all that the program needs and the console takes so
+    much at once (no long text), else in the guest. What fails one way is not tried the other way.
     """
     began = time.monotonic()
     if isinstance(step, Special):

@@ -14,7 +14,7 @@ from rich.filesize import decimal
 from .errors import DiskUnusable, EnvdError, ImageMissing
 from .listing import ago, console, print_json, print_list
 from .settings import Settings
-from .vm.disks import check_disk, guest_disk
+from .vm.disks import check_disk
 
 Kind = Literal["desktop", "qemu", "foreign", "disk"]
 
@@ -108,7 +108,7 @@ async def _disk(settings: Settings, image: Kind | None) -> Part:
     needed = settings.provider == "qemu" or (settings.provider == "docker" and image != "desktop")
     if settings.vm_disk is None and foreign:
         return Part("", "disk", needed, present=False, get=NO_DISK)
-    path = settings.vm_disk or guest_disk()
+    path = settings.guest_disk
     try:
         disk = await run_sync(check_disk, path)
         status = await run_sync(disk.path.stat)

@@ -37,6 +37,12 @@ def default_state_dir(environ: Mapping[str, str]) -> Path:
     return Path(environ.get("XDG_STATE_HOME") or Path(home, ".local", "state")) / "envd"
 
 
+def default_cache(environ: Mapping[str, str]) -> Path:
+    """`$XDG_CACHE_HOME/envd`, else `~/.cache/envd`."""
+    home = environ.get("HOME") or str(Path.home())
+    return Path(environ.get("XDG_CACHE_HOME") or Path(home, ".cache")) / "envd"
+
+
 def _screen(value: Any) -> Any:
     if isinstance(value, str):
         match = re.fullmatch(r"([1-9][0-9]{2,4})[x×]([1-9][0-9]{2,4})", value.strip())
@@ -170,6 +176,8 @@ class Settings(BaseSettings):
     """missing: an image that is not on this host is pulled when the daemon starts. Never inside a reset."""
     vm_disk: UserPath | None = None
     """Disk of the virtual machines (.qcow2), opened read-only. Unset: the one of `make images`, for our own image."""
+    cache: UserPath = Field(default_factory=lambda: default_cache(os.environ))
+    """Where `make images` keeps the guest disk and what it is made of."""
     ram_size: Annotated[int, BeforeValidator(_bytes)] = Field(
         default=4 * 1024**3, validation_alias=AliasChoices("RAM_SIZE", "ram_size")
     )
@@ -232,6 +240,11 @@ class Settings(BaseSettings):
             )
         return value
 
+    @property
+    def guest_disk(self) -> Path:
+        """The disk of the virtual machines: the one that was set, else our own."""
+        return self.vm_disk or self.cache / "images" / "guest-disk.qcow2"
+
     @model_validator(mode="after")
     def _pixels_in_order(self) -> Self:
         if self.min_pixels > self.max_pixels:
@@ -270,6 +283,7 @@ def load(environ: Mapping[str, str] | None = None, env_file: Path | None = Path(
         if value is not None:
             values[field], origins[field] = value, "argument"
     values.setdefault("state_dir", default_state_dir(environ))
+    values.setdefault("cache", default_cache(environ))
     try:
         settings = Settings(**values, origins=origins)
     except ValidationError as error:

@@ -23,6 +23,8 @@ import pytest
 import structlog
 from blockbuster import blockbuster_ctx
 
+from envd.settings import load
+
 ROOT = Path(__file__).parent.parent
 WATERSHED = (3, 12)
 OLDEST = (3, 11)
@@ -86,15 +88,8 @@ def missing_for_qemu() -> str:
     for program, package in (("qemu-system-x86_64", "qemu-system-x86"), ("qemu-img", "qemu-utils")):
         if shutil.which(program) is None:
             return f"no {program}; the Debian package is {package}"
-    if not guest_disk().exists():
-        return f"no guest disk at {guest_disk()}; `make images` makes it"
-    return ""
-
-
-def guest_disk() -> Path:
-    """The disk that `make images` made."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("ENVD_CACHE") or home / "envd") / "images" / "guest-disk.qcow2"
+    disk = load(env_file=None).guest_disk
+    return "" if disk.exists() else f"no guest disk at {disk}; `make images` makes it"
 
 
 @pytest.fixture(scope="session")

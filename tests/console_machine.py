@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import shutil
 import socket
 import subprocess
@@ -18,6 +17,7 @@ import pytest
 
 from envd.errors import EnvdError
 from envd.guest import Guest
+from envd.settings import load
 from envd.vm.console import VmConsole
 from envd.vm.monitor import Monitor
 
@@ -45,8 +45,7 @@ def guest_disk() -> Path:
     for program in NEEDED:
         if shutil.which(program) is None:
             pytest.skip(f"{program} is not installed")
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "envd"
-    disk = Path(os.environ.get("ENVD_CACHE") or cache) / "images" / "guest-disk.qcow2"
+    disk = load(env_file=None).guest_disk
     if not disk.exists():
         pytest.skip(f"there is no guest disk {disk}; `make images` makes it")
     return disk.resolve()

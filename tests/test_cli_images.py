@@ -27,8 +27,7 @@ from rich.console import Console
 from envd.errors import DockerUnavailable, ImageMissing
 from envd.images import ls
 from envd.pulling import pull
-from envd.settings import Settings
-from envd.vm.disks import guest_disk
+from envd.settings import Settings, load
 
 MIB = 1024**2
 NOBODY = "unix:///nonexistent/docker.sock"
@@ -150,7 +149,7 @@ async def test_desktops_of_this_host_need_none_of_it() -> None:
     ("image", "needed"),
     [
         pytest.param("envd/desktop", {"envd/desktop"}, id="container"),
-        pytest.param("envd/qemu:latest", {"envd/qemu", str(guest_disk())}, id="virtual machine"),
+        pytest.param("envd/qemu:latest", {"envd/qemu", str(load(env_file=None).guest_disk)}, id="virtual machine"),
     ],
 )
 async def test_what_the_image_needs_is_marked(image: str, needed: set[str]) -> None:

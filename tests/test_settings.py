@@ -147,3 +147,16 @@ def test_the_readme_lists_every_setting_with_its_default() -> None:
     defaults_of = load({"HOME": "~"}, env_file=None)
     for name in ("ENVD_PORT", "ENVD_HOST", "ENVD_BODY_LIMIT", "ENVD_QUEUE_LIMIT", "ENVD_MAX_PIXELS", "ENVD_URL"):
         assert table[name] == str(getattr(defaults_of, VARIABLES[name]))
+
+
+@pytest.mark.parametrize(
+    ("environ", "disk"),
+    [
+        pytest.param({"HOME": "/h"}, "/h/.cache/envd/images/guest-disk.qcow2", id="home"),
+        pytest.param({"HOME": "/h", "XDG_CACHE_HOME": "/c"}, "/c/envd/images/guest-disk.qcow2", id="XDG"),
+        pytest.param({"XDG_CACHE_HOME": "/c", "ENVD_CACHE": "/e"}, "/e/images/guest-disk.qcow2", id="ENVD_CACHE"),
+        pytest.param({"ENVD_CACHE": "/e", "ENVD_VM_DISK": "/d.qcow2"}, "/d.qcow2", id="ENVD_VM_DISK"),
+    ],
+)
+def test_virtual_machines_have_our_own_disk_unless_another_is_set(environ: dict[str, str], disk: str) -> None:
+    assert load(environ, env_file=None).guest_disk == Path(disk)

@@ -328,9 +328,17 @@ async def test_a_prediction_is_run_and_looked_at() -> None:
             "end_reason": None,
             "format_reward": 0.0,
             "actions": [
-                {"action": "click(start_box='(100,100)')", "outcome": "ok", "returncode": 0, "stdout": "", "stderr": ""}
+                {
+                    "action": "click(start_box='(100,100)')",
+                    "outcome": "ok",
+                    "via": "guest",
+                    "returncode": 0,
+                    "stdout": "",
+                    "stderr": "",
+                }
             ],
             "problem": "",
+            "screenshot_via": "guest",
         }
         assert len(desktop.inputs) == 1
 
@@ -358,6 +366,7 @@ async def test_the_special_words_reach_no_guest(word: str, done: bool, reason: s
         assert result["actions"][0] | {"seconds": 0} == {
             "action": word.strip(),
             "outcome": "special",
+            "via": None,
             "returncode": None,
             "stdout": "",
             "stderr": "",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from envd.errors import DiskUnusable, NoSpace
-from envd.vm.disks import GIB, check_disk, guest_disk, require_space, write_overlay
+from envd.vm.disks import GIB, check_disk, require_space, write_overlay
 
 pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="qemu-img is not installed (qemu-utils)")
 
@@ -123,9 +123,3 @@ def test_too_little_space_is_told_with_numbers(tmp_path: Path) -> None:
         require_space(tmp_path, free + 100 * GIB, "A desktop")
     assert caught.value.facts["needed_bytes"] == free + 100 * GIB
     assert caught.value.facts["where"] == str(tmp_path)
-
-
-def test_our_own_disk_is_where_images_are_made() -> None:
-    assert guest_disk({"HOME": "/h"}) == Path("/h/.cache/envd/images/guest-disk.qcow2")
-    assert guest_disk({"HOME": "/h", "XDG_CACHE_HOME": "/c"}) == Path("/c/envd/images/guest-disk.qcow2")
-    assert guest_disk({"ENVD_CACHE": "/e", "XDG_CACHE_HOME": "/c"}) == Path("/e/images/guest-disk.qcow2")

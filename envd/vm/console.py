@@ -4,9 +4,9 @@ Events go to a guest through queues: 64 buffers of each virtio device, which its
 behind them as many places for each reader in the kernel. What comes to a full queue is lost and nobody is told. So the
 buffers that are left are asked for, and events are paced besides, for the queue that cannot be seen. (USB
 devices have 16 places and are polled every 8 ms: with a load of ten on two cores, 23 and 27 of 285 keys were lost at
-one event in 10 ms.) What cannot be seen is an X server that reads nothing for longer than PACE times its places. On a
-host with a multiple of the work that it can bear that takes seconds, and then keys are lost: 74 of 285 at one event in
-20 ms, with a load of fifteen and four busy loops besides.
+one event in 10 ms.) What cannot be seen is an X server that reads nothing for longer than PACE times its places, which
+on a host with a multiple of the work that it can bear takes seconds: 74 of 285 keys were lost at one event in 20 ms. So
+no more is taken at once (`takes`) than its queue holds though it read nothing; longer texts go to the guest's server.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ SPARED = 32
 NO_ROOM = 20.0
 """Seconds after which a guest that takes no events never will."""
 KEPT = 60
-"""Of the kernel's 64 places for each reader of a device (evdev.c: EVDEV_MIN_BUFFER_SIZE). An event and the one that ends
-its group take one each: a letter four, a capital eight, a click four, a movement three."""
+"""Of the kernel's 64 places for each reader of a device (evdev.c: EVDEV_MIN_BUFFER_SIZE). An event and the one that
+ends its group take one each: a letter four, a capital six, a click four, a movement three."""
 PATIENCE = 10.0
 """Seconds for QEMU to answer one command."""
 LETTING_GO = 2.0
@@ -106,7 +106,7 @@ class VmConsole:
     def takes(self, gestures: Sequence[Gesture]) -> bool:
         """Whether it fits into what the guest's kernel keeps for an X server that reads nothing for a while."""
         keys = sum(
-            6 if KEYS[gesture.name][1] and gesture.down else 2 for gesture in gestures if isinstance(gesture, Key)
+            4 if KEYS[gesture.name].shift and gesture.down else 2 for gesture in gestures if isinstance(gesture, Key)
         )
         hands = sum(
             _POINTED[type(gesture)] * (abs(gesture.up) if isinstance(gesture, Wheel) else 1) for gesture in gestures

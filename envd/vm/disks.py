@@ -14,7 +14,6 @@ import struct
 import subprocess
 import sys
 from array import array
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -82,12 +81,6 @@ def check_disk(path: Path, program: str | None = None) -> Disk:
 _checked: dict[tuple[str, int, int, int, bool], Disk] = {}
 
 _GET_ONE = "Set ENVD_VM_DISK to a .qcow2 file of this host, or build our own with `make images`."
-
-
-def guest_disk(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where `make images` puts our own guest's disk."""
-    cache = environ.get("XDG_CACHE_HOME") or Path(environ.get("HOME") or Path.home(), ".cache")
-    return Path(environ.get("ENVD_CACHE") or Path(cache, "envd")) / "images" / "guest-disk.qcow2"
 
 
 def write_overlay(path: Path, *, backing: str, size: int) -> None:

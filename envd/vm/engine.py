@@ -32,7 +32,7 @@ from ..settings import Settings
 from .capacity import CLONE_GUESS, OVERHEAD, Admission, clone_width, host_memory
 from .cell import Cell
 from .console import HostIo
-from .disks import DESKTOP_BUDGET, check_disk, guest_disk, require_space
+from .disks import DESKTOP_BUDGET, check_disk, require_space
 from .history import History
 from .identity import give_identity
 from .keeping import Keeper
@@ -285,7 +285,7 @@ class Engine:
 
     async def _plan(self, screen: tuple[int, int]) -> Plan:
         """Raises DiskUnusable."""
-        path = self._settings.vm_disk or guest_disk()
+        path = self._settings.guest_disk
         disk = await anyio.to_thread.run_sync(lambda: check_disk(path, shutil.which("qemu-img")))
         cpus = min(self._settings.cpu_cores, self._cores)
         machine = Machine(self._settings.ram_size, cpus, self._accel, screen, self._qemu)

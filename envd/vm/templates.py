@@ -36,7 +36,7 @@ from .frozen import Changed, FileFacts, facts_of, require_unchanged
 from .identity import How
 from .machine import Machine, fingerprint
 
-FORMAT = 1
+FORMAT = 2
 """Of what is written here. Templates of another format are not found, and go when room is needed."""
 RAM, STATE, OVERLAY, MANIFEST = "ram", "state", "disk.qcow2", "manifest.json"
 OVERLAY_BUDGET = 512 * 1024**2
