@@ -134,6 +134,7 @@ class PlannedDriver(Driver):
         self.traits = traits
         self.clones = clones
         self.template = False
+        self.lost_template = False
         self.turn = asyncio.Lock()
         self.plans: list[Plan] = []
         self.instances: dict[str, Instance] = {}
@@ -454,7 +455,7 @@ class QueueMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.driver.template)
     @rule()
     def lose_the_template(self) -> None:
-        self.driver.template = False
+        self.driver.template, self.driver.lost_template = False, True
 
     @rule(turns=st.sampled_from([1, 1, 2, 3, 5, 8, 12]))
     def turn(self, turns: int) -> None:
@@ -503,6 +504,9 @@ class QueueMachine(RuleBasedStateMachine):
         spec, path = begun
         under_way = [one for one in self.driver.instances.values() if not one.ready and one.path is path]
         width = self.traits.boot_width if path is ResetPath.COLD else self.traits.restore_width
+        if path is ResetPath.RESTORE and self.driver.lost_template:
+            # What was planned as a boot for want of a template may find another's, beside restores planned before.
+            width += self.traits.boot_width
         assert len(under_way) < width, f"one {path} too many"
         if not self.traits.make_before_break:
             envs = {job.env for job in self.queue.booting() if job.desktop_id == spec.id and job.env is not None}

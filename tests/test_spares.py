@@ -75,7 +75,8 @@ async def test_a_restore_is_ready_by_its_frame_and_one_answer_and_the_template_b
     monkeypatch.setattr(probes_module, "CLONE_TRY", 15.0)  # on a loaded machine too
     async with running(tmp_path, CLONED) as (service, driver):
         end = await ended(service, service.queue.submit(0, task("a")))
-        shot, cdp = end.probes
+        probed = {probe.name: probe for probe in end.probes}
+        shot, cdp = probed["screenshot"], probed["chrome_cdp"]
         assert shot.detail.startswith("frame from outside, guest answered in")
         assert (cdp.passed, cdp.attempts) == (True, 1)
         (desktop,) = driver.desktops.values()

@@ -294,9 +294,7 @@ class Fleet:
         """The oldest spare, now in use by `env`. Before anything is done to it, see whether it `is_well`."""
         for entry in self._entries.values():
             if self._is_usable_spare(entry):
-                taken = self.assign(entry.desktop, env)
-                self.on_spares()
-                return taken
+                return self.assign(entry.desktop, env)
         return None
 
     async def is_well(self, desktop: Desktop) -> bool:

@@ -603,6 +603,8 @@ class BootQueue:
             if not await self._is_well(ticket, desktop):
                 return
             self._vacate(ticket)
+            # Only now: until here the making of the next spare would take processors from handing this one out.
+            self._stir()
         began = time.monotonic()
         began_with: Beginning | None = None
         failure: EnvdError | None = None
