@@ -23,11 +23,12 @@ from ..drivers.base import InstanceSpec, Report
 from ..errors import BootFailed, InfraError
 from ..guest import Guest
 from .capacity import OVERHEAD
+from .holes import dig_holes
 from .identity import give_identity, has_helper
 from .running import OVERLAY_FILE, Machines, Running, answers, memory_taken, process_of, processor_wanted
 from .saved import Saved
 from .serial import PHASES
-from .templates import OVERLAY, STATE, Plan, Template, Templates, Trial
+from .templates import OVERLAY, RAM, STATE, Plan, Template, Templates, Trial
 from .trial import host_io_works
 
 STILL, STILL_LIMIT = 2.0, 90.0
@@ -60,6 +61,7 @@ class Making:
             frame, helper, seconds = await self._freeze(plan, spec, report, directory)
             report.phase("trial")
             trial = await self._try(plan, spec, report, directory, frame, helper)
+            await anyio.to_thread.run_sync(dig_holes, directory / RAM)
             return await anyio.to_thread.run_sync(self.templates.admit, plan, trial, seconds)
         finally:
             with anyio.move_on_after(_CLEAN_UP, shield=True):
