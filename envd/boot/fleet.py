@@ -226,7 +226,7 @@ class Fleet:
             cdp=Cdp(self._session, endpoints.cdp),
             screen=self._settings.screen,
             interval=self.driver.traits.probe_interval_s,
-            chrome_grace=self._settings.chrome_grace,
+            chrome_grace=max(self._settings.chrome_grace, self.driver.traits.chrome_grace_s),
             watcher=watcher,
             frame=frame,
         )

@@ -111,6 +111,8 @@ class Traits:
     restore_width       restores that may be in flight at once, beside the boots.
     make_before_break   whether an env's old desktop may live while its new one boots (else it is destroyed first).
     prewarm             whether a first desktop is booted at start unless ENVD_PREWARM says otherwise: for slow boots.
+    chrome_grace_s      of a desktop that starts Chrome by itself: how long that may take after its server answers. A
+                        second Chrome is not started in it before (ENVD_CHROME_GRACE, if that is longer).
     probe_interval_s    between two tries of a readiness probe, before backoff.
     monitor_interval_s  between two looks at a ready desktop's CDP port.
     """
@@ -119,6 +121,7 @@ class Traits:
     restore_width: int = 1
     make_before_break: bool = True
     prewarm: bool = False
+    chrome_grace_s: float = 0.0
     probe_interval_s: float = 0.05
     monitor_interval_s: float = 0.5
 

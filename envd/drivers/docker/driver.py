@@ -24,7 +24,7 @@ from .containers import Containers
 from .desktops import ContainerDesktops
 from .engine import OLDEST_API, Engine, api_version, start_error
 from .images import Image
-from .machines import Trials, machines, traits_of
+from .machines import Trials, machines
 
 logger = structlog.get_logger(__name__)
 
@@ -85,7 +85,7 @@ class DockerDriver(Driver):
         if image.kind == "qemu":
             made, kvm = await machines(self._settings, self._daemon_id, engine, containers, image)
             self._desktops = await opening.enter_async_context(made)
-            self.traits: Traits = await traits_of(made, self._settings)
+            self.traits: Traits = await anyio.to_thread.run_sync(made.traits)
         else:
             if disk is not None:
                 kvm = await Trials(engine, containers, image, self._daemon_id).kvm(self._settings)

@@ -12,7 +12,6 @@ from ...errors import StartError
 from ...settings import Settings
 from ...vm.engine import Engine as Machines
 from ...vm.kvm import PROOF_SECONDS, Kvm, prove
-from ..base import Traits
 from . import recipes
 from .cell import DockerCell, user_of
 from .containers import Containers
@@ -74,16 +73,3 @@ async def machines(
         why_emulated="" if kvm.works else kvm.detail,
     )
     return made, kvm
-
-
-async def traits_of(machines: Machines, settings: Settings) -> Traits:
-    """The first boot makes the template and takes as long as any, so it is begun early. A clone costs little memory
-    beside the desktop that it follows; a machine that nothing is shared with needs all of its own."""
-    width = await anyio.to_thread.run_sync(lambda: machines.restore_width)
-    return Traits(
-        restore_width=width,
-        make_before_break=settings.templates == "auto",
-        prewarm=True,
-        probe_interval_s=0.1,
-        monitor_interval_s=1.0,
-    )

@@ -67,10 +67,7 @@ class QemuDriver(Driver):
                     why_emulated="" if kvm.works else kvm.detail,
                 )
             )
-            width = await anyio.to_thread.run_sync(lambda: self._engine.restore_width)
-            self.traits: Traits = Traits(
-                restore_width=width, prewarm=True, make_before_break=False, probe_interval_s=0.1, monitor_interval_s=1.0
-            )
+            self.traits: Traits = await anyio.to_thread.run_sync(self._engine.traits)
             self._open = opening.pop_all()
         return self
 
