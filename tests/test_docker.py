@@ -178,6 +178,7 @@ async def test_out_of_memory_names_the_limit(tmp_path: Path) -> None:
         assert "out of memory" in death.reason
         assert "64 MiB" in death.reason
         assert death.exit_code == 137
+        assert death.out_of_memory == 64 * MIB
         assert limits in ([], [64 * MIB])
 
 

@@ -22,7 +22,7 @@ import structlog
 from anyio.abc import TaskGroup
 
 from ..drivers.base import Console, Death, Driver, InstanceSpec, Made
-from ..errors import BootFailed, EnvdError, InfraError, InstanceDied
+from ..errors import BootFailed, EnvdError, InfraError, InstanceDied, OutOfMemory
 from ..events import EventLog
 from ..guest import Cdp, Guest
 from ..models import Desktop, DesktopState, Endpoints, ResetPath
@@ -246,7 +246,7 @@ class Fleet:
                 await account.ready(made.endpoints, made.frame if restored else None)
                 race.cancel_scope.cancel()
         if death is not None:
-            raise InstanceDied(f"The instance died while it booted: {death.reason}.", exit_code=death.exit_code)
+            raise _died(death)
         if patience.cancelled_caught:
             raise BootFailed(f"A machine that had been ready when it was saved is not, {RESTORED_LIMIT:g} s after it.")
 
@@ -495,6 +495,14 @@ class Fleet:
         with anyio.move_on_after(REMOVE_TRY):
             for desktop_id in found:
                 await self.gone(desktop_id)
+
+
+def _died(death: Death) -> InstanceDied:
+    detail = f"The instance died while it booted: {death.reason}."
+    if death.out_of_memory is None:
+        return InstanceDied(detail, exit_code=death.exit_code)
+    hint = "Raise RAM_SIZE, or ask less of the desktop."
+    return OutOfMemory(detail, hint=hint, exit_code=death.exit_code, limit_bytes=death.out_of_memory)
 
 
 def is_cancelled() -> bool:

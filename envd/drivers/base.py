@@ -97,10 +97,11 @@ class Console(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """How an instance ended by itself."""
+    """How an instance ended by itself. `out_of_memory`: it was killed at the limit that it was given, in bytes."""
 
     reason: str
     exit_code: int | None = None
+    out_of_memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

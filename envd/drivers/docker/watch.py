@@ -70,7 +70,7 @@ class Life:
 
     def end(self, reason: str, exit_code: int | None = None) -> None:
         if self.death is None:
-            self.death = Death(reason, exit_code)
+            self.death = Death(reason, exit_code, self.memory if self.out_of_memory else None)
             self.over.set()
 
 
