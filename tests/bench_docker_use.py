@@ -72,7 +72,7 @@ async def _measure_console(figures: Beside, console: Console, inside: dict[str, 
 
 def _beside_inside(figures: Beside, name: str, took: list[float], inside: float) -> None:
     figures.spread_against(name, f"{name}_host_{{}}_ms", f"{name} from outside", in_ms(took), "ms")
-    figures.add(f"{name}_guest_p50_ms", f"{name} inside, p50 of {INSIDE}", inside * 1000, "ms")
+    figures.add(f"{name}_guest_p50_ms", f"{name} inside, by our own guest server, p50 of {INSIDE}", inside * 1000, "ms")
     figures.add(f"{name}_ratio", f"{name}: inside : from outside", inside / statistics.median(took), "")
 
 
