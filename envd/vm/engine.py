@@ -60,6 +60,14 @@ class _Held:
     closed: anyio.Event = field(default_factory=anyio.Event)
 
 
+@dataclass(eq=False)
+class _Creating:
+    """A `create` that is under way."""
+
+    scope: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    over: anyio.Event = field(default_factory=anyio.Event)
+
+
 class Engine:
     """The virtual machines of one daemon and provider, under `directory`. Open with `async with`; leaving it closes
     connections and ends nothing.
@@ -96,6 +104,7 @@ class Engine:
         self._history = History(self._directory / "boots.json")
         self._admission = Admission(own_group=name == "qemu")
         self._held: dict[str, _Held] = {}
+        self._creating: dict[str, _Creating] = {}
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._booting = asyncio.Lock()
         self._open = AsyncExitStack()
@@ -151,15 +160,21 @@ class Engine:
         console tells until then how far it is."""
         if not _ID.fullmatch(spec.id):
             raise BootFailed(f"{spec.id!r} is no id for a desktop: [a-z0-9-], at most 48 characters.")
-        if await anyio.Path(self._machines.root / spec.id).exists():
+        if spec.id in self._creating or await anyio.Path(self._machines.root / spec.id).exists():
             raise BootFailed(f"There is a desktop {spec.id} already.", phase="create")
-        plan = await self._plan(spec.screen)
-        await anyio.to_thread.run_sync(require_space, self._directory, DESKTOP_BUDGET, "A desktop")
+        making = self._creating[spec.id] = _Creating()
         try:
-            return await self._made(plan, spec, report)
+            with making.scope:
+                plan = await self._plan(spec.screen)
+                await anyio.to_thread.run_sync(require_space, self._directory, DESKTOP_BUDGET, "A desktop")
+                return await self._made(plan, spec, report)
         except OSError as error:
             why = "something did not answer in time" if isinstance(error, TimeoutError) else str(error)
             raise BootFailed(f"The machine cannot be started: {why}.", phase="create") from error
+        finally:
+            del self._creating[spec.id]
+            making.over.set()
+        raise BootFailed(f"The desktop {spec.id} was destroyed while it was made.", phase="create")
 
     async def _made(self, plan: Plan, spec: InstanceSpec, report: Report) -> Made:
         """By the first way that works. Raises EnvdError and OSError of the last one."""
@@ -248,7 +263,7 @@ class Engine:
     async def _discard(self, spec: InstanceSpec) -> None:
         """Nothing is left of a try, so that the next can be made under the same id."""
         with anyio.CancelScope(shield=True):
-            await self.destroy(spec.id)
+            await self._remove(spec.id)
 
     async def _made_template(self, plan: Plan, spec: InstanceSpec, report: Report) -> Template:
         """Made now, unless somebody else was quicker."""
@@ -279,8 +294,15 @@ class Engine:
         return await self._machines.last_words(instance_id, lines)
 
     async def destroy(self, instance_id: str) -> None:
+        """As drivers promise. First ends a `create` that is under way: what dies then is no fault of its template."""
         if not _ID.fullmatch(instance_id):
             return
+        if making := self._creating.get(instance_id):
+            making.scope.cancel()
+            await making.over.wait()
+        await self._remove(instance_id)
+
+    async def _remove(self, instance_id: str) -> None:
         async with self._locks.setdefault(instance_id, asyncio.Lock()):
             await self._machines.end(instance_id)
             if held := self._held.get(instance_id):

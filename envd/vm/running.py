@@ -27,7 +27,7 @@ import anyio
 import structlog
 
 from ..drivers.base import Death, InstanceSpec, Report
-from ..errors import InfraError, InstanceDied
+from ..errors import EnvdError, InfraError, InstanceDied
 from ..models import Endpoints
 from .cell import DISK, TEMPLATE, Cell, CellSpec, Role
 from .console import UNTRIED, HostIo, VmConsole
@@ -158,9 +158,19 @@ class Machines:
         names = {desktop_id + _SUFFIX[one] for one in parts}
         if not parts:  # somebody removed the folder; the cells may be there yet
             names = {name for name, owner in (await self.cell.names()).items() if owner == desktop_id}
+        failed: list[EnvdError] = []
+
+        async def end_one(name: str) -> None:
+            try:
+                await self.cell.end(name)
+            except EnvdError as error:
+                failed.append(error)
+
         async with anyio.create_task_group() as ends:
             for name in names:
-                ends.start_soon(self.cell.end, name)
+                ends.start_soon(end_one, name)
+        if failed:
+            raise failed[0]
         await anyio.to_thread.run_sync(_remove, directory / part if part else directory)
         if part is None:
             self._serials.pop(desktop_id, None)
