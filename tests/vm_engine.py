@@ -1,5 +1,5 @@
 """Virtual machines for tests: engines over real QEMU processes, all of one template, which is made by whoever comes
-first and thrown away with the test run. ENVD_TEST_TEMPLATES names a folder that keeps it for the next one."""
+first and thrown away with the test run. TEST_TEMPLATES names a folder that keeps it for the next one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MACHINE = {"ram_size": 2 * 1024**3, "cpu_cores": 2}
 @cache
 def shared() -> Path:
     """A folder on memory-backed storage, whose `templates` all tests of this run use."""
-    if kept := os.environ.get("ENVD_TEST_TEMPLATES"):
+    if kept := os.environ.get("TEST_TEMPLATES"):
         path = Path(kept)
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         return path

@@ -187,16 +187,14 @@ class Fleet:
             created_at=time.time(),
         )
         entry = self._entries[desktop.id] = _Entry(desktop)
-        account = BootAccount(desktop.id, watcher, self._events, partial(self._readiness, watcher), limit)
+        # Of the probes nothing stays open: to a machine that is frozen now it would be a connection of all its clones.
+        probing = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
+        account = BootAccount(desktop.id, watcher, self._events, partial(self._readiness, watcher, probing), limit)
         try:
-            with anyio.fail_after(limit):
-                spec = InstanceSpec(
-                    desktop.id, self._settings.screen, watcher.job_id, watcher.env, desktop.created_at + limit
-                )
-                made: Made = await self._ask(self.driver.create(spec, account))
-                watcher.made(made.path)
-                account.phase("probe")
-                await self._until_ready(desktop.id, account, made)
+            async with probing:
+                with anyio.fail_after(limit):
+                    made = await self._make(desktop, watcher, account)
+            # Nothing is awaited from here on: a ready desktop of no env is a spare for whoever looks.
             now_ready = {
                 "state": DesktopState.READY,
                 "endpoints": made.endpoints,
@@ -220,10 +218,22 @@ class Fleet:
         self._events.publish("desktop", desktop_id=desktop.id, state="ready", seconds=seconds, message="desktop ready")
         return entry.desktop
 
-    def _readiness(self, watcher: BootWatcher, endpoints: Endpoints, frame: bytes | None) -> Readiness:
+    async def _make(self, desktop: Desktop, watcher: BootWatcher, account: BootAccount) -> Made:
+        """An instance that has passed its probes."""
+        deadline = desktop.created_at + self._settings.ready_timeout
+        spec = InstanceSpec(desktop.id, self._settings.screen, watcher.job_id, watcher.env, deadline)
+        made: Made = await self._ask(self.driver.create(spec, account))
+        watcher.made(made.path)
+        account.phase("probe")
+        await self._until_ready(desktop.id, account, made)
+        return made
+
+    def _readiness(
+        self, watcher: BootWatcher, session: aiohttp.ClientSession, endpoints: Endpoints, frame: bytes | None
+    ) -> Readiness:
         return Readiness(
-            guest=Guest(self._session, endpoints.guest),
-            cdp=Cdp(self._session, endpoints.cdp),
+            guest=Guest(session, endpoints.guest),
+            cdp=Cdp(session, endpoints.cdp),
             screen=self._settings.screen,
             interval=self.driver.traits.probe_interval_s,
             chrome_grace=max(self._settings.chrome_grace, self.driver.traits.chrome_grace_s),
@@ -371,9 +381,9 @@ class Fleet:
         while True:
             await anyio.sleep(self.driver.traits.monitor_interval_s)
             await self._look(entry, looks, cdp.version)
-            # One missed look may be a busy machine; two in a row is a Chrome that is not there.
-            answers = looks.missed < 2
-            if answers != entry.desktop.chrome_cdp and (answers or looks.missed == 2):
+            # One missed look, or a few slow ones, may be a busy machine: an emulated guest draws a page for seconds.
+            answers = not looks.hopeless
+            if answers != entry.desktop.chrome_cdp and answers is (looks.missed == 0):
                 entry.desktop = entry.desktop.model_copy(update={"chrome_cdp": answers})
                 self._events.publish(
                     "desktop",
