@@ -20,8 +20,10 @@ tar -C root --numeric-owner -xf "$archive"
 mv root/boot/* boot/
 rm -rf root/.dockerenv root/dev root/proc root/sys root/run
 mkdir root/dev root/proc root/sys root/run
-printf '127.0.0.1 localhost\n127.0.1.1 desktop\n::1 localhost\n' >root/etc/hosts
-printf 'desktop\n' >root/etc/hostname
+install -m 755 /usr/local/lib/envd-identity root/opt/envd/lib/identity
+# As long as the name of a clone, whose files are then written over (identity.c).
+printf '127.0.0.1 localhost\n127.0.1.1 desktop-template\n::1 localhost\n' >root/etc/hosts
+printf 'desktop-template\n' >root/etc/hostname
 printf 'nameserver 10.0.2.3\n' >root/etc/resolv.conf
 rm -f root/etc/machine-id root/var/lib/dbus/machine-id
 

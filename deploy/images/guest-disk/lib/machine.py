@@ -65,8 +65,7 @@ def main() -> None:
     runner.add(programs(x_server))
     port = _identity_port()
     if port:
-        helper = ["/usr/bin/python3", "-E", "-S", "/opt/envd/lib/identity.py", port]
-        runner.add([Program("identity", helper, restart=True, as_root=True)])
+        runner.add([Program("identity", ["/opt/envd/lib/identity", port], restart=True, as_root=True)])
     for button in (device for device in devices if device.power):
         _switch_off_by(button.node, runner)
     code = runner.run()

@@ -23,11 +23,10 @@ ADDRESS, NETMASK, ROUTER = "10.0.2.15", "255.255.255.0", "10.0.2.2"
 ROUTER_SECONDS = 5.0
 
 # linux/sockios.h, linux/if.h, linux/route.h
-_SIOCADDRT, _SIOCGIFFLAGS, _SIOCSIFFLAGS, _SIOCGIFADDR = 0x890B, 0x8913, 0x8914, 0x8915
-_SIOCSIFADDR, _SIOCSIFNETMASK, _SIOCSIFHWADDR, _SIOCSIFBRDADDR = 0x8916, 0x891C, 0x8924, 0x891A
+_SIOCADDRT, _SIOCGIFFLAGS, _SIOCSIFFLAGS = 0x890B, 0x8913, 0x8914
+_SIOCSIFADDR, _SIOCSIFNETMASK = 0x8916, 0x891C
 _IFF_UP, _IFF_RUNNING = 0x1, 0x40
 _RTF_UP, _RTF_GATEWAY = 0x1, 0x2
-_ARPHRD_ETHER = 1
 _DHCP_SCRIPT = "/opt/envd/lib/dhcp.sh"
 
 
@@ -43,24 +42,6 @@ def up(say: Say) -> None:
         _address(control, INTERFACE, ADDRESS, NETMASK)
         _default_route(control, ROUTER)
     threading.Thread(target=_ask_dhcp_if_alone, args=(say,), daemon=True).start()
-
-
-def set_hardware_address(address: bytes) -> None:
-    """Give the card another MAC (6 bytes); its address and routes stay. Raises OSError."""
-    with _control() as control:
-        request = struct.pack("16sH14s", INTERFACE.encode(), _ARPHRD_ETHER, address)
-        try:
-            fcntl.ioctl(control, _SIOCSIFHWADDR, request)
-        except OSError:  # a card that cannot while it is up
-            had, router = _current_address(control), _current_router()
-            flags = _flags(control, INTERFACE)
-            _set_flags(control, INTERFACE, flags & ~_IFF_UP)
-            try:
-                fcntl.ioctl(control, _SIOCSIFHWADDR, request)
-            finally:
-                _set_flags(control, INTERFACE, flags | _IFF_UP)
-                if had is not None and router is not None:
-                    _default_route(control, router)
 
 
 def _control() -> socket.socket:
@@ -91,23 +72,6 @@ def _flags(control: socket.socket, interface: str) -> int:
 
 def _set_flags(control: socket.socket, interface: str, flags: int) -> None:
     fcntl.ioctl(control, _SIOCSIFFLAGS, struct.pack("16sH14x", interface.encode(), flags))
-
-
-def _current_address(control: socket.socket) -> str | None:
-    try:
-        answer = fcntl.ioctl(control, _SIOCGIFADDR, struct.pack("16s16x", INTERFACE.encode()))
-    except OSError:
-        return None
-    return socket.inet_ntoa(answer[20:24])
-
-
-def _current_router() -> str | None:
-    with open("/proc/net/route") as file:
-        for line in file:
-            fields = line.split()
-            if fields[0] == INTERFACE and fields[1] == "00000000":
-                return socket.inet_ntoa(struct.pack("<I", int(fields[2], 16)))
-    return None
 
 
 def _sockaddr(address: str) -> bytes:
