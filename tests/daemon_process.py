@@ -56,14 +56,13 @@ envd.service.make_driver = MarkedDriver
 CRASH = """
 from envd.boot.queue import BootQueue
 
-whole = BootQueue._next
-async def crash(self):
-    taken = await whole(self)
-    if taken[0].job.env == 1:
+whole = BootQueue._serve
+def crash(self, ticket, tasks):
+    if ticket.job.env == 1:
         raise RuntimeError("injected")
-    return taken
+    return whole(self, ticket, tasks)
 
-BootQueue._next = crash
+BootQueue._serve = crash
 """
 """A prelude: the queue's consumer breaks when a reset of env 1 has its turn."""
 LISTENS = re.compile(r"Running on (http://[\w.:\[\]]+)")

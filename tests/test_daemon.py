@@ -236,7 +236,11 @@ async def test_a_taken_port_is_named_and_nothing_is_touched(tmp_path: Path) -> N
             ("ENVD_PROT", "did you mean ENVD_PORT", "ENVD_ENVS=many", "did you mean docker"),
             id="all at once",
         ),
-        pytest.param({"PROVIDER": ""}, ("PROVIDER=docker", "local"), id="the default provider"),
+        pytest.param(
+            {"PROVIDER": "", "DOCKER_HOST": "tcp://127.0.0.1:1"},
+            ("DOCKER_HOST=tcp://127.0.0.1:1", "unix://"),
+            id="the default provider's engine is on another host",
+        ),
         pytest.param({"ENVD_STATE_DIR": "/dev/null/state"}, ("/dev/null/state", "ENVD_STATE_DIR"), id="no directory"),
     ],
 )
