@@ -74,7 +74,7 @@ make_qemu() {
   local context=$work/qemu
   mkdir -p "$context/lib"
   cp "$images/common/runner.py" "$images/qemu/qemu.py" "$context/lib/"
-  cp "$images/qemu/Dockerfile" "$context/"
+  cp "$images/qemu/Dockerfile" "$images/qemu/run" "$images/qemu/novnc-connection" "$context/"
   build envd/qemu qemu "$content" "$context" --build-arg "BASE=$base"
 }
 

@@ -1,8 +1,6 @@
-"""The first process of a container that runs a virtual machine: QEMU, and noVNC's page for who asks for it.
-
-With arguments, they are the command to run: a driver that knows the machine composes it. Without, the container is used
-by itself, and the machine is made from DISK, RAM_SIZE, CPU_CORES, DISK_SIZE, KVM and SCREEN. The disk is never written
-to: what the machine changes goes to an overlay, and with the container.
+"""The first process of a container of a virtual machine that is used by itself: QEMU, and noVNC's page for who asks for
+it. The machine is made from DISK, RAM_SIZE, CPU_CORES, DISK_SIZE, KVM and SCREEN. The disk is never written to: what the
+machine changes goes to an overlay, and with the container.
 """
 
 from __future__ import annotations
@@ -26,12 +24,8 @@ ENVIRONMENT = {"PATH": "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:
 
 
 def main() -> None:
-    command = sys.argv[1:]
-    if command:
-        on_termination(lambda: os._exit(128 + 15))
-    else:
-        command = _machine()
-        on_termination(_switch_off)
+    command = _machine()
+    on_termination(_switch_off)
     novnc = ["websockify", "--inetd", "--web", "/usr/share/novnc", "--unix-target", VNC_SOCKET]
     runner = Machine(
         [
