@@ -1,5 +1,6 @@
-"""The first process of a container of a virtual machine that is used by itself: QEMU, and noVNC's page for who asks for
-it. The machine is made from DISK, RAM_SIZE, CPU_CORES, DISK_SIZE, KVM and SCREEN. The disk is never written to: what the
+"""The first process of a container of a virtual machine that is used by itself: QEMU, and noVNC's page for who asks.
+
+The machine is made from DISK, RAM_SIZE, CPU_CORES, DISK_SIZE, KVM and SCREEN. The disk is never written to: what the
 machine changes goes to an overlay, and with the container.
 """
 
