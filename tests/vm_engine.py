@@ -56,7 +56,7 @@ async def engine(state_dir: Path, **changes: Any) -> AsyncIterator[Engine]:
     made_of = {"name": "qemu", "directory": directory, "image": qemu.name, "qemu": qemu.version}
     async with (
         ProcessCell.open(directory, qemu.version) as cell,
-        Engine(settings, "tests", cell, **made_of) as opened,  # type: ignore[arg-type]  # of several types
+        Engine(settings, cell, **made_of) as opened,  # type: ignore[arg-type]  # of several types
     ):
         try:
             yield opened

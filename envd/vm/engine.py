@@ -80,7 +80,6 @@ class Engine:
     def __init__(
         self,
         settings: Settings,
-        daemon_id: str,
         cell: Cell,
         *,
         name: str,

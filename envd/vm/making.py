@@ -24,7 +24,7 @@ from ..errors import BootFailed, InfraError
 from ..guest import Guest
 from .capacity import OVERHEAD
 from .holes import dig_holes
-from .identity import give_identity, has_helper
+from .identity import How, give_identity, has_helper
 from .running import OVERLAY_FILE, Machines, Running, answers, memory_taken, process_of, processor_wanted
 from .saved import Saved
 from .serial import PHASES
@@ -156,9 +156,9 @@ class Making:
         guest = Guest(self.session, running.endpoints.guest)
         _require_same(frame, await running.console.picture())
         await running.monitor.resume()
-        how = "helper" if helper else "command"
+        how: How = "helper" if helper else "command"
         try:
-            await give_identity("helper" if helper else "command", running.run, guest, spec.id, self.password)
+            await give_identity(how, running.run, guest, spec.id, self.password)
         except InfraError as error:
             if helper:
                 raise

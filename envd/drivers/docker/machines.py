@@ -63,7 +63,6 @@ async def machines(
     kvm = await trials.kvm(settings)
     made = Machines(
         settings,
-        daemon_id,
         DockerCell(engine, containers, image, daemon_id),
         name="docker",
         directory=settings.state_dir / "docker",

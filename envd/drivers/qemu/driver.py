@@ -27,9 +27,10 @@ class QemuDriver(Driver):
 
     name: ClassVar[str] = "qemu"
 
-    def __init__(self, settings: Settings, daemon_id: str) -> None:
+    def __init__(
+        self, settings: Settings, daemon_id: str
+    ) -> None:  # a state directory has one daemon: all there are ours
         self._settings = settings
-        self._daemon_id = daemon_id
         self._root = settings.state_dir.absolute() / "qemu"
         self._qemu: Qemu
         self._engine: Engine
@@ -57,7 +58,6 @@ class QemuDriver(Driver):
             self._engine = await opening.enter_async_context(
                 Engine(
                     self._settings,
-                    self._daemon_id,
                     cell,
                     name=self.name,
                     directory=self._root,
