@@ -179,7 +179,7 @@ def test_the_least_recently_used_goes_when_there_is_no_room(tmp_path: Path) -> N
     templates = keeper(tmp_path, limit=NEEDED + 3 * MIB)
     for index, disk in enumerate(("a", "b", "c")):
         made(templates, plan_of(disk), used_at=1000.0 + index)
-    templates.used(Template(templates.root / plan_of("a").key, templates.find(plan_of("a").key).manifest))  # type: ignore[union-attr]  # just made
+    templates.cloned(Template(templates.root / plan_of("a").key, templates.find(plan_of("a").key).manifest))  # type: ignore[union-attr]  # just made
     templates.begin(plan_of("d"))
     left = {one.key for one in templates.listed()}
     assert left == {plan_of("a").key, plan_of("c").key}
@@ -198,6 +198,14 @@ def test_what_a_daemon_uses_does_not_go_and_too_little_room_is_told_with_numbers
 def test_failures_are_counted_for_every_daemon(tmp_path: Path) -> None:
     template = made(keeper(tmp_path))
     assert [keeper(tmp_path).failed(template) for _ in range(FAILURES)] == [1, 2]
+
+
+def test_a_clone_that_was_made_forgives_the_failures_before_it(tmp_path: Path) -> None:
+    templates = keeper(tmp_path)
+    template = made(templates)
+    templates.failed(template)
+    templates.cloned(template)
+    assert templates.failed(template) == 1
 
 
 def test_what_is_put_aside_is_kept_without_its_memory_and_not_found(tmp_path: Path) -> None:

@@ -77,12 +77,13 @@ class Keeper:
             os.close(fd)
 
     async def cloned(self, template: Template) -> None:
-        await anyio.to_thread.run_sync(self.templates.used, template)
+        await anyio.to_thread.run_sync(self.templates.cloned, template)
 
     async def clone_failed(self, template: Template, error: Exception, report: Report) -> None:
         report.note(f"A clone of the template failed: {error}")
+        logger.warning("clone failed", template=template.key, why=str(error))
         if await anyio.to_thread.run_sync(self.templates.failed, template) >= FAILURES:
-            await self._set_aside(template.key, f"{FAILURES} clones of it failed", report)
+            await self._set_aside(template.key, f"{FAILURES} clones of it failed one after another", report)
 
     async def _set_aside(self, key: str, why: str, report: Report) -> None:
         self.latest = None

@@ -42,7 +42,7 @@ RAM, STATE, OVERLAY, MANIFEST = "ram", "state", "disk.qcow2", "manifest.json"
 OVERLAY_BUDGET = 512 * 1024**2
 """Bytes that a guest is expected to write to its disk while it boots."""
 FAILURES = 2
-"""Clones that may fail until a template is put aside."""
+"""Clones that may fail one after another until a template is put aside."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,9 +182,12 @@ class Templates:
             require_unchanged(directory / name, facts)
         return Template(directory, manifest)
 
-    def used(self, template: Template) -> None:
-        """It was just cloned: others go first when room is needed."""
-        with contextlib.suppress(OSError):
+    def cloned(self, template: Template) -> None:
+        """It just was, and well: what failed before was not its fault. Others go first when room is needed."""
+        with contextlib.suppress(OSError), self.locked(template.key, "make") as mine:
+            manifest = _read_manifest(template.directory)
+            if mine and manifest is not None and manifest.failures:
+                _write_manifest(template.directory, manifest.model_copy(update={"failures": 0}))
             os.utime(template.directory)
 
     def begin(self, plan: Plan) -> Path:
@@ -220,7 +223,7 @@ class Templates:
         return Template(directory, manifest)
 
     def failed(self, template: Template) -> int:
-        """A clone of it failed: how many did by now."""
+        """A clone of it failed: how many did since one was made."""
         with self.locked(template.key, "make"):
             manifest = _read_manifest(template.directory)
             if manifest is None:
