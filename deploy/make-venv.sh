@@ -16,4 +16,4 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 echo "Installing Python packages into $venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-  --constraint constraints.txt --editable '.[agent,docker,qemu,dev]'
+  --constraint constraints.txt --editable '.[agent,aws,docker,qemu,dev]'

@@ -10,7 +10,10 @@
     ├── InfraError            a machine or a library failed               fault: infra
     │   ├── BootFailed, BootTimeout, InstanceDied, DesktopLost, GuestUnreachable, GuestMisbehaved, ServerUnreachable,
     │   │   AssetUnavailable, EvaluatorError, EvaluationExpired, InternalError
-    │   └── (of BootFailed) DockerUnavailable, ImageMissing, DiskUnusable, PortConflict, NoSpace, OutOfMemory
+    │   ├── (of BootFailed) DockerUnavailable, ImageMissing, DiskUnusable, PortConflict, NoSpace, OutOfMemory
+    │   └── (of BootFailed) CloudRefused: NoCredentials, CredentialsExpired, NotAuthorized, AmiUnavailable,
+    │       NetworkUnusable, InsufficientCapacity, QuotaExceeded, Throttled, CloudUnreachable, TtlUnavailable,
+    │       BudgetExhausted
     └── TaskError             the task file cannot be run as it is        fault: task
         └── TaskInvalid, MissingRequirement, SetupFailed, EvaluationInvalid, NotEvaluable
 
@@ -310,6 +313,90 @@ class NoSpace(BootFailed):
 
     code = "no_space"
     title = "There is too little disk space for a desktop"
+
+
+class CloudRefused(BootFailed):
+    """The cloud said no. Facts, here and below: action (the call's name, as `ec2:RunInstances`), aws_code, request_id.
+    This one itself is of answers that nothing below fits."""
+
+    code = "cloud_refused"
+    title = "The cloud refused"
+
+
+class NoCredentials(CloudRefused):
+    code = "no_credentials"
+    title = "There are no credentials for the cloud"
+    retryable = False
+
+
+class CredentialsExpired(CloudRefused):
+    code = "credentials_expired"
+    title = "The credentials for the cloud have expired"
+    retryable = False
+
+
+class NotAuthorized(CloudRefused):
+    """Facts: identity (its ARN, where AWS told it), resource (likewise)."""
+
+    code = "not_authorized"
+    title = "The credentials may not do this"
+    retryable = False
+
+
+class AmiUnavailable(CloudRefused):
+    """Facts: ami, region."""
+
+    code = "ami_unavailable"
+    title = "The desktops' image cannot be used"
+    retryable = False
+
+
+class NetworkUnusable(CloudRefused):
+    """Facts: subnets, security_groups."""
+
+    code = "network_unusable"
+    title = "The subnet or security group cannot be used"
+    retryable = False
+
+
+class InsufficientCapacity(CloudRefused):
+    """Facts: instance_type, tried (subnet → what it said)."""
+
+    code = "insufficient_capacity"
+    title = "The cloud has no such machine free"
+
+
+class QuotaExceeded(CloudRefused):
+    """Facts: quota, one of vcpus, volumes, instances, addresses."""
+
+    code = "quota_exceeded"
+    title = "A quota of the account is used up"
+
+
+class Throttled(CloudRefused):
+    code = "throttled"
+    title = "The cloud was asked too often"
+
+
+class CloudUnreachable(CloudRefused):
+    """Nothing answered, or not in time. Facts: endpoint."""
+
+    code = "cloud_unreachable"
+    title = "The cloud does not answer"
+
+
+class TtlUnavailable(CloudRefused):
+    """No schedule could be made that ends the instance, so it was not kept. Facts: role."""
+
+    code = "ttl_unavailable"
+    title = "The instance's end could not be scheduled"
+
+
+class BudgetExhausted(CloudRefused):
+    """A limit of this daemon's own. Facts: limit, wanted, setting."""
+
+    code = "budget_exhausted"
+    title = "Another instance would exceed the limit"
 
 
 class OutOfMemory(InstanceDied):

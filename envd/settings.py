@@ -77,7 +77,7 @@ class Settings(BaseSettings):
     model_config = SettingsConfigDict(frozen=True, extra="forbid", populate_by_name=True, use_attribute_docstrings=True)
 
     provider: str = Field(default="docker", validation_alias=AliasChoices("PROVIDER", "provider"))
-    """Who makes the desktops: docker, local, qemu or sim in this version; aws is to come."""
+    """Who makes the desktops: aws, docker, local, qemu or sim."""
     host: str = "127.0.0.1"
     """Address to listen on."""
     port: int = Field(default=15001, ge=0, le=65535)
@@ -202,6 +202,54 @@ class Settings(BaseSettings):
     """Stop virtual machines between steps."""
     spares: int = Field(default=0, ge=0, le=4096)
     """Clean desktops kept ready beyond those in use."""
+    aws_region: str = Field(default="", validation_alias=AliasChoices("AWS_REGION", "aws_region"))
+    """Region of the desktops. Unset: on EC2 this host's."""
+    aws_subnet_id: Words = Field(default=(), validation_alias=AliasChoices("AWS_SUBNET_ID", "aws_subnet_id"))
+    """Subnets of the desktops, separated by commas; the next is tried where one has no capacity. Unset: on EC2 this
+    host's."""
+    aws_security_group_id: Words = Field(
+        default=(), validation_alias=AliasChoices("AWS_SECURITY_GROUP_ID", "aws_security_group_id")
+    )
+    """Security groups of the desktops, separated by commas. Unset: on EC2 this host's."""
+    aws_instance_type: str = Field(
+        default="t3.xlarge", validation_alias=AliasChoices("AWS_INSTANCE_TYPE", "aws_instance_type")
+    )
+    """What a desktop runs on."""
+    aws_ami: str = ""
+    """Image of the desktops. Unset: OSWorld's published one for the region and the screen."""
+    aws_public_ip: bool = False
+    """Give desktops public addresses and reach them there. Else private ones are used."""
+    aws_key_name: str = ""
+    """Key pair for SSH to the desktops. Unset: none."""
+    aws_owner: str = ""
+    """Whose instances these are, as their tag says. Unset: the name of the identity that launches them."""
+    aws_boot_width: int = Field(default=4, ge=1, le=64)
+    """Instances that may boot at once: they share nothing with this host."""
+    aws_max_instances: int | None = Field(default=None, ge=1)
+    """Instances of this daemon that may exist at once. Unset: no limit."""
+    aws_max_hourly_usd: float | None = Field(default=None, gt=0, allow_inf_nan=False)
+    """What all of them together may cost in an hour. Unset: no limit."""
+    aws_prices: UserPath | None = None
+    """JSON of {instance type: US dollars an hour}, over envd's own table."""
+    aws_reset: Literal["replace", "replace-root"] = "replace"
+    """replace: a reset launches a new instance. replace-root: it gives the old one a new root volume."""
+    aws_spares_stopped: bool = False
+    """Keep spares stopped, where they cost their disks alone, and start them when they are wanted."""
+    enable_ttl: bool = Field(default=True, validation_alias=AliasChoices("ENABLE_TTL", "enable_ttl"))
+    """Have AWS itself terminate each instance that this daemon has not prolonged in time."""
+    default_ttl_minutes: int = Field(
+        default=180, ge=5, le=525_600, validation_alias=AliasChoices("DEFAULT_TTL_MINUTES", "default_ttl_minutes")
+    )
+    """After so many minutes without being prolonged, which is done while this daemon runs."""
+    aws_scheduler_role_arn: str = Field(
+        default="", validation_alias=AliasChoices("AWS_SCHEDULER_ROLE_ARN", "aws_scheduler_role_arn")
+    )
+    """Role as which the scheduler terminates. Unset: AWS_SCHEDULER_ROLE_NAME, made if it is missing."""
+    aws_scheduler_role_name: str = Field(
+        default="envd-scheduler-terminate",
+        validation_alias=AliasChoices("AWS_SCHEDULER_ROLE_NAME", "aws_scheduler_role_name"),
+    )
+    """Name of that role."""
     local_unsandboxed: bool = False
     """Let `local` desktops run without bubblewrap. They can then read your files."""
     sim: str = ""
@@ -235,8 +283,7 @@ class Settings(BaseSettings):
         if value not in KNOWN_PROVIDERS:
             near = difflib.get_close_matches(value, KNOWN_PROVIDERS, n=1)
             raise ValueError(
-                f"no such provider{f', did you mean {near[0]}' if near else ''}; "
-                "this version has docker, local, qemu and sim"
+                f"no such provider{f', did you mean {near[0]}' if near else ''}; there are {', '.join(KNOWN_PROVIDERS)}"
             )
         return value
 

@@ -111,6 +111,10 @@ class Traits:
     boot_width          boots that may be in flight at once. More than 1 only if boots share nothing with this host.
     restore_width       restores that may be in flight at once, beside the boots.
     make_before_break   whether an env's old desktop may live while its new one boots (else it is destroyed first).
+    keeps_old           whether it lives until the new one is made or has failed, instead of being removed meanwhile.
+                        A driver that can `renew` gets it for that.
+    parks_spares        whether spares are parked while they wait (`Driver.park`).
+    removal_s           how long removing one instance may take before it is asked for again.
     prewarm             whether a first desktop is booted at start unless ENVD_PREWARM says otherwise: for slow boots.
     chrome_grace_s      of a desktop that starts Chrome by itself: how long that may take after its server answers. A
                         second Chrome is not started in it before (ENVD_CHROME_GRACE, if that is longer).
@@ -121,6 +125,9 @@ class Traits:
     boot_width: int = 1
     restore_width: int = 1
     make_before_break: bool = True
+    keeps_old: bool = False
+    parks_spares: bool = False
+    removal_s: float = 60.0
     prewarm: bool = False
     chrome_grace_s: float = 0.0
     probe_interval_s: float = 0.05
@@ -159,6 +166,23 @@ class Driver(ABC):
         Raises BootFailed when the provider refuses or the instance dies before its addresses are known. After a
         failure or a cancellation the caller calls `destroy(spec.id)`.
         """
+
+    async def renew(self, instance_id: str, spec: InstanceSpec, report: Report) -> Made | None:
+        """Make an instance that nobody uses any more into the clean one that `spec` asks for, if that can be done.
+
+        None if it cannot, or was not done: then `create` is called. From the first change on the instance is known
+        by `spec.id` alone, also to `destroy` and after a crash. Raises BootFailed as `create` does. Whatever becomes of
+        it, the caller calls `destroy(instance_id)` afterwards.
+        """
+        return None
+
+    async def park(self, instance_id: str) -> None:
+        """Put a ready instance to sleep where it costs less. Idempotent. Raises InfraError; then it is destroyed."""
+        raise NotImplementedError(f"{self.name} parks nothing")
+
+    async def unpark(self, instance_id: str, report: Report) -> Made:
+        """Wake it. Its ports may be elsewhere, and need not answer yet. Raises BootFailed; then it is destroyed."""
+        raise NotImplementedError(f"{self.name} parks nothing")
 
     def next_path(self) -> ResetPath:
         """How `create` would make an instance now: RESTORE where there is something to clone, else COLD. A plan and no

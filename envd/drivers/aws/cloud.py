@@ -1,0 +1,88 @@
+"""The open clients, one of each service for the daemon's life, and the one way in which AWS is called."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from typing import Any, Literal
+
+import aioboto3
+import anyio
+from aiobotocore.config import AioConfig
+from botocore.exceptions import BotoCoreError, ClientError
+
+from ...errors import CloudUnreachable
+from .refusals import explain
+
+Service = Literal["ec2", "scheduler", "iam", "sts", "service-quotas"]
+
+SERVICES: tuple[Service, ...] = ("ec2", "scheduler", "iam", "sts", "service-quotas")
+DEADLINE = 60.0
+"""Seconds that one call may take, botocore's retries included."""
+_CONFIG = AioConfig(
+    # Standard mode gives up on a refused connection after 1.3 s, where legacy, the default, takes 8.
+    retries={"mode": "standard", "total_max_attempts": 4},
+    connect_timeout=5,
+    read_timeout=30,
+    max_pool_connections=50,
+)
+
+
+class Cloud:
+    """AWS in one region. Made by `open_cloud`."""
+
+    def __init__(self, region: str, clients: dict[str, Any]) -> None:
+        self.region = region
+        self._clients = clients
+
+    async def call(self, service: Service, operation: str, /, *, within: float = DEADLINE, **parameters: Any) -> Any:
+        """What `operation` (as the client names it: `run_instances`) answers: a dict with the fields of AWS's API.
+
+        Raises CloudRefused and what is below it, after at most `within` seconds.
+        """
+        client = self._clients[service]
+        try:
+            with anyio.fail_after(within):
+                answer = await getattr(client, operation)(**parameters)
+        except TimeoutError as error:
+            raise CloudUnreachable(
+                f"{self.action(service, operation)} got no answer within {within:g} s.",
+                hint="See whether this host reaches AWS: a NAT gateway, a VPC endpoint, a proxy.",
+                action=self.action(service, operation),
+                endpoint=client.meta.endpoint_url,
+            ) from error
+        except (ClientError, BotoCoreError, OSError) as error:
+            raise explain(error, self.action(service, operation), region=self.region, asked=parameters) from error
+        return answer
+
+    async def pages(self, service: Service, operation: str, /, key: str, **parameters: Any) -> list[Any]:
+        """The items under `key` of every page. Raises as `call` does."""
+        found: list[Any] = []
+        token: str | None = None
+        while True:
+            more: dict[str, Any] = {"NextToken": token} if token else {}
+            answer = await self.call(service, operation, **parameters, **more)
+            found.extend(answer.get(key, ()))
+            token = answer.get("NextToken")
+            if not token:
+                return found
+
+    def action(self, service: Service, operation: str) -> str:
+        """The call as policies name it: `ec2:RunInstances`."""
+        client = self._clients[service]
+        name = client.meta.service_model.signing_name if service == "service-quotas" else service
+        return f"{name.replace('service-quotas', 'servicequotas')}:{client.meta.method_to_api_mapping[operation]}"
+
+
+@asynccontextmanager
+async def open_cloud(region: str) -> AsyncIterator[Cloud]:
+    """Clients of `region`, with credentials by botocore's chain. Closes their connections at the end."""
+    session = aioboto3.Session(region_name=region)
+    async with AsyncExitStack() as stack:
+        # One after the other, with the loop let go between: each reads descriptions of its service for some 0.1 s.
+        clients: dict[str, Any] = {}
+        for service in SERVICES:
+            clients[service] = await stack.enter_async_context(session.client(service, config=_CONFIG))
+            await asyncio.sleep(0)
+        yield Cloud(region, clients)
