@@ -222,7 +222,7 @@ async def test_a_removal_is_never_given_up_whatever_destroy_raises(tmp_path: Pat
 async def test_what_an_earlier_life_left_is_removed_however_often_that_fails_and_holds_nothing_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fleet_module, "REMOVE_TRY", 0.1)
+    monkeypatch.setattr(fleet_module, "SWEEP", 0.1)
     driver = SimDriver(sim_settings(tmp_path), "test", [Behaviour(destroy_fails=2), SLOW])
     await driver.create(InstanceSpec("envd-test-left", (320, 240)), Report())
     async with running(tmp_path, driver=driver) as (service, _):

@@ -31,8 +31,8 @@ class BootWatcher(Protocol):
         """The env that it is for now."""
 
     def phase(self, name: str, desktop_id: str) -> None:
-        """`admit` (where something has to be waited for; the desktop's id is "" yet), `create`, those that the driver
-        tells, `probe`."""
+        """`admit` (where something has to be waited for; the desktop's id is "" yet), `create` (of a parked spare
+        `unpark`), those that the driver tells, `probe`."""
 
     def made(self, path: ResetPath) -> None:
         """The instance exists, and was made in this way."""
@@ -62,7 +62,7 @@ class Admission(Report):
 
 
 class BootAccount(Report):
-    """Begins with the phase `create`. Once `over`, what the driver still has to say is no longer about a job.
+    """Begins with the phase `begins`. Once `over`, what the driver still has to say is no longer about a job.
 
     `readiness_of` makes the probes of a desktop at some endpoints, with a clone's frame or None; `limit` is the seconds
     that the boot may take.
@@ -75,6 +75,7 @@ class BootAccount(Report):
         events: EventLog,
         readiness_of: Callable[[Endpoints, bytes | None], Readiness],
         limit: float,
+        begins: str = "create",
     ) -> None:
         self._desktop_id = desktop_id
         self._watcher = watcher
@@ -85,7 +86,7 @@ class BootAccount(Report):
         self._phases: list[tuple[str, float]] = []
         self._readiness: Readiness | None = None
         self.over = False
-        self.phase("create")
+        self.phase(begins)
 
     @property
     def seconds(self) -> float:

@@ -36,8 +36,6 @@ logger = structlog.get_logger(__name__)
 T = TypeVar("T")
 Ask = Callable[[float], Awaitable[object]]
 
-REMOVE_TRY = 60.0
-"""Seconds that one call of `driver.destroy` may take."""
 FIRST_PAUSE = 0.5
 """Seconds until a driver that could not remove or watch an instance is asked again; then twice as long, and so on."""
 LOG_LINE = 300
@@ -48,6 +46,10 @@ GUEST_LOOKS = 5.0
 """Seconds between two looks at the guest port of a spare."""
 SLOW_LOOKS = 5
 """A spare that took longer than `LOOK` so many times in a row is given up. One that is refused is so at once."""
+SWEEP = 60.0
+"""Seconds that a start waits at most until what an earlier life left is gone."""
+RESET = "its env was reset"
+"""Why a desktop is retired whose env has a newer one, or is about to."""
 RESTORED_LIMIT = 120.0
 """Seconds that a restored machine may take until its probes pass; twelve at once on 4 cores were measured at 7.3."""
 
@@ -61,9 +63,13 @@ class _Entry:
     removing: bool = False
     idling: Idling | None = None
     """Once it is ready, if it is to be paused."""
+    parked: bool = False
+    """It is a spare that sleeps, or is about to."""
+    parking: anyio.Lock = field(default_factory=anyio.Lock)
+    """Held by who puts it to sleep or wakes it."""
 
-    def is_paused(self) -> bool:
-        return self.idling is not None and self.idling.paused
+    def is_asleep(self) -> bool:
+        return self.parked or (self.idling is not None and self.idling.paused)
 
 
 @dataclass
@@ -174,12 +180,13 @@ class Fleet:
             phases = {"admit": round(time.monotonic() - began, 3)}
             raise boot_failure(error, {"phase": "admit", "phases": phases, "probes": {}, "log": []}) from error
 
-    async def boot(self, watcher: BootWatcher) -> Desktop:
+    async def boot(self, watcher: BootWatcher, old: str | None = None) -> Desktop:
         """A clean, ready desktop. Raises BootFailed, BootTimeout or InstanceDied with phase, probes and log.
 
-        Whatever ends this early, its instance is being removed when it returns; `gone` waits for that.
+        `old` is a desktop that nobody uses any more and that is retired by this, at the latest when there is a new one:
+        the driver may make the one out of the other. Whatever ends this early, its instance is being removed when it
+        returns; `gone` waits for that.
         """
-        limit = self._settings.ready_timeout
         desktop = Desktop(
             id=f"envd-{self._daemon_id}-{secrets.token_hex(5)}",
             provider=self.driver.name,
@@ -187,13 +194,12 @@ class Fleet:
             created_at=time.time(),
         )
         entry = self._entries[desktop.id] = _Entry(desktop)
-        # Of the probes nothing stays open: to a machine that is frozen now it would be a connection of all its clones.
-        probing = aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
-        account = BootAccount(desktop.id, watcher, self._events, partial(self._readiness, watcher, probing), limit)
+        probing = self._probing()
+        account = self._account(desktop, watcher, probing)
         try:
             async with probing:
-                with anyio.fail_after(limit):
-                    made = await self._make(desktop, watcher, account)
+                with anyio.fail_after(self._settings.ready_timeout):
+                    made = await self._make(desktop, watcher, account, old)
             # Nothing is awaited from here on: a ready desktop of no env is a spare for whoever looks.
             now_ready = {
                 "state": DesktopState.READY,
@@ -212,20 +218,49 @@ class Fleet:
             if entry.desktop.state is not DesktopState.READY:
                 # Only now: the instance's log, which explains the failure, goes with the instance.
                 self.retire(desktop.id, "its boot ended early")
+            if old is not None:
+                self.retire(old, RESET)
         if self._tasks is not None:
             self._tasks.start_soon(self._monitor, entry)
         seconds = round(account.seconds, 3)
         self._events.publish("desktop", desktop_id=desktop.id, state="ready", seconds=seconds, message="desktop ready")
         return entry.desktop
 
-    async def _make(self, desktop: Desktop, watcher: BootWatcher, account: BootAccount) -> Made:
+    def _probing(self) -> aiohttp.ClientSession:
+        """For probes: nothing of them stays open. To a machine that is frozen now it would be a connection of all its
+        clones."""
+        return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))
+
+    def _account(
+        self, desktop: Desktop, watcher: BootWatcher, probing: aiohttp.ClientSession, begins: str = "create"
+    ) -> BootAccount:
+        readiness_of = partial(self._readiness, watcher, probing)
+        return BootAccount(desktop.id, watcher, self._events, readiness_of, self._settings.ready_timeout, begins)
+
+    async def _make(self, desktop: Desktop, watcher: BootWatcher, account: BootAccount, old: str | None) -> Made:
         """An instance that has passed its probes."""
         deadline = desktop.created_at + self._settings.ready_timeout
         spec = InstanceSpec(desktop.id, self._settings.screen, watcher.job_id, watcher.env, deadline)
-        made: Made = await self._ask(self.driver.create(spec, account))
+        made = await self._renewed(old, spec, account) if old is not None else None
+        if made is None:
+            made = await self._ask(self.driver.create(spec, account))
         watcher.made(made.path)
         account.phase("probe")
         await self._until_ready(desktop.id, account, made)
+        return made
+
+    async def _renewed(self, old: str, spec: InstanceSpec, account: BootAccount) -> Made | None:
+        """What the driver made of the desktop `old`, which is retired by then; None if there is room for a new one."""
+        entry = self._entries.get(old)
+        if entry is None or entry.removing or entry.lost.is_set():
+            return None
+        # From here on it neither dies nor is looked at: what becomes of its instance is the driver's doing.
+        entry.monitor.cancel()
+        entry.lost.set()
+        made: Made | None = await self._ask(self.driver.renew(old, spec, account))
+        if made is None and not self.driver.traits.make_before_break:
+            self.retire(old, RESET)
+            await self.gone(old)
         return made
 
     def _readiness(
@@ -292,9 +327,44 @@ class Fleet:
     def keep(self, desktop: Desktop) -> None:
         """Put a clean desktop aside as a spare, for `take_spare`."""
         self._change(desktop.id, env=None, state=DesktopState.READY)
-        if idling := self._entries[desktop.id].idling:
-            self._start_soon(idling.pause)
+        entry = self._entries[desktop.id]
+        if self.driver.traits.parks_spares and not entry.parked:
+            entry.parked = True
+            self._start_soon(partial(self._park, entry))
+        elif entry.idling is not None:
+            self._start_soon(entry.idling.pause)
         self.on_spares()
+
+    async def _park(self, entry: _Entry) -> None:
+        desktop = entry.desktop
+        async with entry.parking:
+            try:
+                if self._is_spare(entry):
+                    await self._ask(self.driver.park(desktop.id))
+            except EnvdError as error:
+                self.on_spare_lost(desktop, f"it could not be parked: {error.detail}")
+                self.retire(desktop.id, "it could not be parked")
+
+    def is_parked(self, desktop: Desktop) -> bool:
+        entry = self._entries.get(desktop.id)
+        return entry is not None and entry.parked
+
+    async def unpark(self, desktop: Desktop, watcher: BootWatcher) -> None:
+        """Wake a parked spare; both probes have passed then. Raises as `boot` does; the caller retires it."""
+        entry, probing = self._entries[desktop.id], self._probing()
+        account = self._account(desktop, watcher, probing, begins="unpark")
+        try:
+            async with probing, entry.parking:
+                with anyio.fail_after(self._settings.ready_timeout):
+                    made: Made = await self._ask(self.driver.unpark(desktop.id, account))
+                    account.phase("probe")
+                    await self._until_ready(desktop.id, account, made)
+            self._change(desktop.id, endpoints=made.endpoints)
+            entry.parked = False
+        except (EnvdError, TimeoutError) as error:
+            raise account.explain(error, await self.log_tail(desktop.id)) from error
+        finally:
+            account.over = True
 
     @property
     def spares(self) -> int:
@@ -377,10 +447,10 @@ class Fleet:
         self.retire(desktop.id, "it died")
 
     async def _look_at_chrome(self, entry: _Entry) -> None:
-        cdp, looks = self.cdp(entry.desktop), _Looks()
+        looks = _Looks()
         while True:
             await anyio.sleep(self.driver.traits.monitor_interval_s)
-            await self._look(entry, looks, cdp.version)
+            await self._look(entry, looks, self.cdp(entry.desktop).version)
             # One missed look, or a few slow ones, may be a busy machine: an emulated guest draws a page for seconds.
             answers = not looks.hopeless
             if answers != entry.desktop.chrome_cdp and answers is (looks.missed == 0):
@@ -397,19 +467,19 @@ class Fleet:
 
     async def _look_at_guest(self, entry: _Entry) -> None:
         """Only while it waits as a spare: nobody else would notice."""
-        guest, looks = self.guest(entry.desktop), _Looks()
+        looks = _Looks()
         while True:
             await anyio.sleep(GUEST_LOOKS)
             if self._is_spare(entry):
-                await self._look(entry, looks, guest.answers)
+                await self._look(entry, looks, self.guest(entry.desktop).answers)
                 self._give_up_spare(entry, looks, "its guest no longer answered")
 
     async def _look(self, entry: _Entry, looks: _Looks, ask: Ask) -> None:
-        """Nothing in a desktop that is paused answers: it is looked at while it runs."""
+        """Nothing in a desktop that is paused or parked answers: it is looked at while it runs."""
         before = looks.missed
-        if not entry.is_paused():
+        if not entry.is_asleep():
             await looks.look(ask)
-        if entry.is_paused():
+        if entry.is_asleep():
             looks.missed = before
 
     def _give_up_spare(self, entry: _Entry, looks: _Looks, why: str) -> None:
@@ -453,7 +523,7 @@ class Fleet:
             await entry.gone.wait()
 
     async def clear(self) -> None:
-        """Destroy every desktop, each within `REMOVE_TRY`; for the end of the daemon, when `run` runs no more.
+        """Destroy every desktop, each within the driver's `removal_s`; for the daemon's end, when `run` runs no more.
 
         `desktops` has those that are left.
         """
@@ -480,11 +550,12 @@ class Fleet:
         )
 
     async def _try_destroy(self, desktop_id: str) -> bool:
+        limit = self.driver.traits.removal_s
         try:
-            with anyio.fail_after(REMOVE_TRY):
+            with anyio.fail_after(limit):
                 await self._ask(self.driver.destroy(desktop_id))
         except (EnvdError, TimeoutError) as error:
-            detail = error.detail if isinstance(error, EnvdError) else f"no answer within {REMOVE_TRY:g} s."
+            detail = error.detail if isinstance(error, EnvdError) else f"no answer within {limit:g} s."
             self._events.publish(
                 "note", desktop_id=desktop_id, message=f"The desktop could not be removed yet: {detail}"
             )
@@ -502,7 +573,7 @@ class Fleet:
             self._entries[desktop_id] = _Entry(left)
             self._events.publish("note", desktop_id=desktop_id, message="Removing a desktop of an earlier life")
             self.retire(desktop_id, "an earlier life of this daemon left it behind")
-        with anyio.move_on_after(REMOVE_TRY):
+        with anyio.move_on_after(SWEEP):
             for desktop_id in found:
                 await self.gone(desktop_id)
 

@@ -64,7 +64,7 @@ from ..settings import Settings
 from ..store import Store
 from ..tasks.task import NO_TASK, Task
 from .estimates import Estimates
-from .fleet import Fleet, is_cancelled
+from .fleet import RESET, Fleet, is_cancelled
 from .spares import Spares
 
 logger = structlog.get_logger(__name__)
@@ -166,6 +166,7 @@ class _Boot:
     path      on which path it is, as far as is known
     is_made   the instance exists, so that `path` is what it was
     began     (monotonic) when there was room for it; None before
+    old       a desktop that is kept until this boot has made another, or has failed
     """
 
     def __init__(self, queue: BootQueue, ticket: _Ticket, path: ResetPath) -> None:
@@ -174,6 +175,7 @@ class _Boot:
         self.planned = self.path = path
         self.is_made = False
         self.began: float | None = None
+        self.old: str | None = None
         self.desktop_id = ""
         self.scope = anyio.CancelScope()
         self.patience = anyio.CancelScope()
@@ -557,13 +559,15 @@ class BootQueue:
         try:
             with boot.scope:
                 if not boot.scope.cancel_called:
-                    self._vacate(boot.ticket)
+                    boot.old = self._vacate(boot.ticket, keep=self._traits.keeps_old)
                     await self._room_for(boot)
                     boot.began = time.monotonic()
-                    desktop = await self._fleet.boot(boot)
+                    desktop = await self._fleet.boot(boot, boot.old)
         except EnvdError as error:
             failure = error
         finally:
+            if boot.old is not None:
+                self._fleet.retire(boot.old, RESET)
             if desktop is None:
                 # The slot is held until the instance is confirmed gone: the next boot would share this host with it.
                 await self._fleet.gone(boot.desktop_id)
@@ -640,9 +644,13 @@ class BootQueue:
         well = False
         with anyio.CancelScope() as ticket.work:
             try:
-                well = await self._fleet.is_well(spare)
+                if self._fleet.is_parked(spare):
+                    await self._fleet.unpark(spare, _Boot(self, ticket, ResetPath.SPARE))
+                    well = True
+                else:
+                    well = await self._fleet.is_well(spare)
             except InfraError as error:
-                logger.warning("a spare could not be looked at", desktop_id=spare.id, error=error.detail)
+                self._update(ticket, "note", {}, message=f"A spare could not be had: {error.detail}")
         ticket.work = None
         if well and not ticket.job.cancel_requested:
             return True
@@ -702,10 +710,13 @@ class BootQueue:
         self._renumber()
         self._stir()
 
-    def _vacate(self, ticket: _Ticket) -> None:
-        """Begin to take the env's old desktop away."""
-        if ticket.job.env is not None and (old := self._stage.vacate(ticket.job.env, ticket.job)):
-            self._fleet.retire(old, "its env was reset")
+    def _vacate(self, ticket: _Ticket, *, keep: bool = False) -> str | None:
+        """Begin to take the env's old desktop away; or, to `keep` it for a while, only return its id."""
+        old = self._stage.vacate(ticket.job.env, ticket.job) if ticket.job.env is not None else None
+        if old is None or keep:
+            return old
+        self._fleet.retire(old, RESET)
+        return None
 
     async def _room_for(self, boot: _Boot) -> None:
         """Return when the driver has room for another desktop; for a provider without room for two of an env, also
@@ -720,11 +731,13 @@ class BootQueue:
         await self._old_ones_gone(boot)
 
     async def _old_ones_gone(self, boot: _Boot) -> None:
-        while not self._traits.make_before_break and (old := self._old_desktop(boot.env)):
+        while not self._traits.make_before_break and (old := self._old_desktop(boot)):
             await self._fleet.gone(old.id)
 
-    def _old_desktop(self, env: int | None) -> Desktop | None:
-        return next((desktop for desktop in self._fleet.desktops() if env is not None and desktop.env == env), None)
+    def _old_desktop(self, boot: _Boot) -> Desktop | None:
+        """One of its env that is being taken away."""
+        olds = (desktop for desktop in self._fleet.desktops() if boot.env is not None and desktop.env == boot.env)
+        return next((desktop for desktop in olds if desktop.id != boot.old), None)
 
     def _abandon(self, ticket: _Ticket, failure: EnvdError | None) -> None:
         """End a job that has no desktop: because of `failure`, else because it was cancelled."""

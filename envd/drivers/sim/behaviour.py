@@ -142,6 +142,14 @@ class Behaviour:
     """`admit` waits so long."""
     console: bool = False
     """It can be seen and worked from outside."""
+    parks: bool = False
+    """Spares are parked: their ports are shut until they are wanted."""
+    unpark_s: float = 0.0
+    """Until they are open again."""
+    unpark_fails: bool = False
+    """It does not wake up."""
+    renews: bool = False
+    """A reset makes a fresh instance of the one that the env had, instead of another beside it."""
     destroy_s: float = 0.0
     """`destroy` takes so long."""
     destroy_fails: int = 0

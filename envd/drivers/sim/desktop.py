@@ -12,6 +12,7 @@ from typing import Literal
 from aiohttp import web
 
 from ...actions.gestures import Gesture
+from ...models import Endpoints
 from ..base import Death
 from .answers import answer_badly
 from .behaviour import Behaviour, Way
@@ -114,6 +115,23 @@ class Desktop:
             await self._open_cdp_in(0)
         if behaviour.dies_after_s is not None or (opens and (behaviour.boot_s or behaviour.cdp_s)):
             self._life = asyncio.create_task(self._live(behaviour), name=f"sim {self.id}")
+
+    @property
+    def endpoints(self) -> Endpoints | None:
+        if self.guest_port is None or self.cdp_port is None:
+            return None
+        guest, cdp = (f"http://127.0.0.1:{port.number}" for port in (self.guest_port, self.cdp_port))
+        return Endpoints(guest=guest, cdp=cdp)
+
+    def shut(self) -> None:
+        """Asleep: both ports refuse connections until `reopen`."""
+        for port in (self.guest_port, self.cdp_port):
+            if port is not None:
+                port.shut()
+
+    async def reopen(self) -> None:
+        await self._open_guest_in(0)
+        await self.open_cdp()
 
     async def close(self) -> None:
         """Give everything up, and return when it is gone. May be called again, also while it runs."""

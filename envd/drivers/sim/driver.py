@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple, Self
 import anyio
 
 from ...errors import BootFailed, InfraError
-from ...models import Endpoints, ResetPath
+from ...models import ResetPath
 from ..base import Console, Death, Driver, InstanceSpec, Made, Report, Traits
 from .behaviour import Behaviour
 from .console import SimConsole
@@ -21,7 +21,10 @@ from .desktop import Change, Desktop
 if TYPE_CHECKING:
     from ...settings import Settings
 
-Verb = Literal["create-begin", "create-end", "clone-begin", "destroy-begin", "destroy-end"] | Change
+Verb = (
+    Literal["create-begin", "create-end", "clone-begin", "renew", "park", "unpark", "destroy-begin", "destroy-end"]
+    | Change
+)
 Behaviours = Behaviour | Sequence[Behaviour] | Callable[[int], Behaviour]
 
 
@@ -57,6 +60,8 @@ class SimDriver(Driver):
         self._turn = asyncio.Lock()
         self._has_template = False
         self._restores = 0
+        first = self._next_behaviour()
+        self.traits = replace(self.traits, keeps_old=first.renews, parks_spares=first.parks)
         if settings.clone_width is not None:
             self.traits = replace(self.traits, restore_width=settings.clone_width)
 
@@ -107,6 +112,38 @@ class SimDriver(Driver):
             await report.ready(made.endpoints)
         return made
 
+    async def renew(self, instance_id: str, spec: InstanceSpec, report: Report) -> Made | None:
+        old = self.desktops.get(instance_id)
+        if old is None or not old.behaviour.renews or old.gone.is_set():
+            return None
+        report.phase("renew")
+        self._note("renew", instance_id)
+        # Known by the new id from here on; what it was ends, and it begins again.
+        self.desktops[spec.id] = self.desktops.pop(instance_id)
+        await old.close()
+        del self.desktops[spec.id]
+        return await self.create(spec, report)
+
+    async def park(self, instance_id: str) -> None:
+        self._note("park", instance_id)
+        self._existing(instance_id).shut()
+
+    async def unpark(self, instance_id: str, report: Report) -> Made:
+        self._note("unpark", instance_id)
+        desktop = self._existing(instance_id)
+        if desktop.behaviour.unpark_fails:
+            raise BootFailed(f"The simulated desktop {instance_id} did not wake up.")
+        await asyncio.sleep(desktop.behaviour.unpark_s)
+        await desktop.reopen()
+        assert desktop.endpoints is not None
+        return Made(desktop.endpoints)
+
+    def _existing(self, instance_id: str) -> Desktop:
+        desktop = self.desktops.get(instance_id)
+        if desktop is None or desktop.gone.is_set():
+            raise InfraError(f"There is no simulated desktop {instance_id}.")
+        return desktop
+
     async def _make_template(self, spec: InstanceSpec, number: int, behaviour: Behaviour, report: Report) -> None:
         machine = Desktop(f"{spec.id}-t", spec.screen, behaviour, number, lambda verb: None)
         self._note("create-begin", spec.id)
@@ -131,11 +168,10 @@ class SimDriver(Driver):
             desktop.die(Death(behaviour.create_fails))
         elif not desktop.gone.is_set():
             await desktop.start(behaviour)
-        if desktop.death is not None or desktop.guest_port is None or desktop.cdp_port is None:
+        if desktop.death is not None or (endpoints := desktop.endpoints) is None:
             reason = desktop.death.reason if desktop.death else "unknown"
             raise BootFailed(f"The simulated desktop {desktop.id} could not be made: {reason}.", log=list(desktop.log))
-        guest, cdp = (f"http://127.0.0.1:{port.number}" for port in (desktop.guest_port, desktop.cdp_port))
-        return Made(Endpoints(guest=guest, cdp=cdp))
+        return Made(endpoints)
 
     async def destroy(self, instance_id: str) -> None:
         self._note("destroy-begin", instance_id)
