@@ -68,7 +68,7 @@ def test_the_names_of_older_servers_work() -> None:
         pytest.param("ENVD_PROT", "1", "no such setting, did you mean ENVD_PORT?", id="misspelt"),
         pytest.param("ENVD_XYZZY_PLUGH", "1", "no such setting", id="unknown"),
         pytest.param("PROVIDER", "dokcer", "did you mean docker", id="misspelt provider"),
-        pytest.param("PROVIDER", "vmware", "this version has docker, local, qemu and sim", id="unknown provider"),
+        pytest.param("PROVIDER", "vmware", "there are aws, docker, local, qemu, sim", id="unknown provider"),
         pytest.param("ENVD_PORT", "http", "valid integer", id="no number"),
         pytest.param("ENVD_PORT", "65536", "less than or equal to 65535", id="port too large"),
         pytest.param("ENVD_PORT", "-1", "greater than or equal to 0", id="port negative"),
