@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from functools import partial
 from typing import Any, Literal
 
 import aioboto3
 import anyio
+import anyio.to_thread
 from aiobotocore.config import AioConfig
-from botocore.exceptions import BotoCoreError, ClientError
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 
 from ...errors import CloudUnreachable
 from .refusals import explain
@@ -77,12 +79,30 @@ class Cloud:
 
 @asynccontextmanager
 async def open_cloud(region: str) -> AsyncIterator[Cloud]:
-    """Clients of `region`, with credentials by botocore's chain. Closes their connections at the end."""
-    session = aioboto3.Session(region_name=region)
+    """Clients of `region`, with credentials by botocore's chain. Closes their connections at the end.
+
+    Raises NoCredentials where there are none, CloudRefused where they or AWS's own settings cannot be read.
+    """
     async with AsyncExitStack() as stack:
-        # One after the other, with the loop let go between: each reads descriptions of its service for some 0.1 s.
-        clients: dict[str, Any] = {}
-        for service in SERVICES:
-            clients[service] = await stack.enter_async_context(session.client(service, config=_CONFIG))
-            await asyncio.sleep(0)
+        try:
+            session = await anyio.to_thread.run_sync(partial(aioboto3.Session, region_name=region))
+            if await anyio.to_thread.run_sync(asyncio.run, session.get_credentials()) is None:
+                raise NoCredentialsError
+            clients: dict[str, Any] = {
+                service: await stack.enter_async_context(_client(session, service)) for service in SERVICES
+            }
+        except (BotoCoreError, OSError) as error:
+            raise explain(error, "sts:GetCallerIdentity", region=region, asked={}) from error
         yield Cloud(region, clients)
+
+
+@asynccontextmanager
+async def _client(session: aioboto3.Session, service: Service) -> AsyncIterator[Any]:
+    """Made in a thread, with a loop of its own while that lasts: it reads the descriptions of its service, and files of
+    the user's, which for the first client takes 0.3 s. It has no connection before it is used."""
+    opening = session.client(service, config=_CONFIG)
+    client = await anyio.to_thread.run_sync(asyncio.run, opening.__aenter__())
+    try:
+        yield client
+    finally:
+        await opening.__aexit__(None, None, None)
