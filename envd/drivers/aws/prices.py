@@ -39,5 +39,5 @@ PRICES: Final[dict[str, float]] = _SMALLER | {
     if f"{family}.{size}" not in _ABSENT
 }
 """US dollars an hour of x86 types that desktops are run on: Linux, on demand, in us-east-1, as AWS's price list had
-them in 2025. Approximate: other regions are some 0 to 60 % dearer, and neither disks, public addresses, traffic nor the
-surplus processor time of t types is in it. ENVD_AWS_PRICES is put over it."""
+them in January 2026. Approximate: most other regions are dearer, by up to some 60 %, and neither disks, public
+addresses, traffic nor the surplus processor time of t types is in it. ENVD_AWS_PRICES is put over it."""
