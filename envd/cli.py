@@ -11,6 +11,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from . import __version__
+from .aws import app as aws
 
 app = typer.Typer(
     name="envd",
@@ -30,6 +31,7 @@ templates = typer.Typer(
     help="Virtual machines that others are cloned from.", no_args_is_help=True, rich_markup_mode=None
 )
 app.add_typer(templates, name="templates")
+app.add_typer(aws, name="aws")
 
 Paths = Annotated[list[Path], typer.Argument(metavar="PATH", help="Task files, and folders that hold some.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]

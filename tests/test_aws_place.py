@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from aws_metadata import metadata
 
-from envd.drivers.aws.place import FIELDS, Place, find_place
+from envd.drivers.aws.place import FIELDS, Place, find_place, find_region
 from envd.errors import SettingsError
 from envd.settings import Settings, load
 
@@ -44,7 +44,7 @@ async def test_on_ec2_what_is_not_set_is_this_hosts() -> None:
 async def test_elsewhere_all_that_is_missing_is_named_at_once() -> None:
     async with metadata("absent"):
         error = await refused()
-    assert "needs AWS_REGION, AWS_SUBNET_ID and AWS_SECURITY_GROUP_ID: not set, and this host" in error.detail
+    assert "need AWS_REGION, AWS_SUBNET_ID and AWS_SECURITY_GROUP_ID: not set, and this host" in error.detail
     assert all(f"{name}" in error.hint for name in ("us-east-1", "describe-subnets", "describe-security-groups"))
     assert error.exit_code == 78
 
@@ -52,5 +52,14 @@ async def test_elsewhere_all_that_is_missing_is_named_at_once() -> None:
 async def test_what_this_host_has_in_another_region_is_of_no_use() -> None:
     async with metadata():
         error = await refused(AWS_REGION="eu-west-3", AWS_SUBNET_ID="subnet-1")
-    assert "needs AWS_SECURITY_GROUP_ID: not set, and this host's own are of us-east-1, not eu-west-3" in error.detail
+    assert "need AWS_SECURITY_GROUP_ID: not set, and this host's own are of us-east-1, not eu-west-3" in error.detail
     assert "AWS_SUBNET_ID" not in str(error)
+
+
+async def test_who_launches_nothing_needs_the_region_alone() -> None:
+    assert await find_region(settings(AWS_REGION="eu-west-3")) == "eu-west-3"
+    async with metadata("v1"):
+        assert await find_region(settings()) == "us-east-1"
+    async with metadata("absent"):
+        with pytest.raises(SettingsError, match="need AWS_REGION: not set"):
+            await find_region(settings())

@@ -48,6 +48,16 @@ async def find_place(settings: Settings) -> Place:
     return Place(region, subnets, groups, origins)
 
 
+async def find_region(settings: Settings) -> str:
+    """For whoever asks AWS about what there is, and launches nothing. Raises SettingsError."""
+    if settings.aws_region:
+        return settings.aws_region
+    host = await about_this_host()
+    if host is None:
+        raise _lacking(["aws_region"], "", None)
+    return host.region
+
+
 def _lacking(missing: Sequence[str], region: str, host: HostFacts | None) -> SettingsError:
     names = [variable(field) for field in missing]
     if host is None:
@@ -55,7 +65,7 @@ def _lacking(missing: Sequence[str], region: str, host: HostFacts | None) -> Set
     else:
         why = f"and this host's own are of {host.region}, not {region}"
     return SettingsError(
-        f"PROVIDER=aws needs {_and(names)}: not set, {why}.",
+        f"EC2 desktops need {_and(names)}: not set, {why}.",
         hint=f"Set, in the environment or .env: {'; '.join(_HOW[field] for field in missing)}.",
     )
 
