@@ -31,6 +31,7 @@ from aws_cloud import Account, account
 
 PATIENCE = 30.0
 """Seconds within which what a test waits for has happened."""
+CHANGES = {f"ec2:{verb}Instances" for verb in ("Run", "Start", "Stop", "Terminate")}
 XML = "http://ec2.amazonaws.com/doc/2016-11-15/"
 SCHEDULES = {"POST": "CreateSchedule", "GET": "GetSchedule", "PUT": "UpdateSchedule", "DELETE": "DeleteSchedule"}
 Answer = tuple[int, dict[str, str], bytes]
@@ -110,6 +111,7 @@ class Faults:
         self.pending_s = 0.0
         self.replace_s = 0.2
         self.replaced: Counter[str] = Counter()
+        self.listeners: list[Callable[[], None]] = []
         self._faults: list[Fault] = []
         self._launched: dict[str, tuple[str, Answer]] = {}
         self._launched_at: dict[str, float] = {}
@@ -135,7 +137,15 @@ class Faults:
                     held.drop()
 
     def answer(self, call: Call, forward: Callable[[], Answer]) -> Answer:
-        """As AWS would, where moto would not."""
+        """As AWS would, where moto would not. Who listens has heard of it before it is answered."""
+        replaced = self.replaced.total()
+        answer = self._answered(call, forward)
+        if call.action in CHANGES or self.replaced.total() != replaced:
+            for listener in tuple(self.listeners):
+                listener()
+        return answer
+
+    def _answered(self, call: Call, forward: Callable[[], Answer]) -> Answer:
         match call.action:
             case "ec2:RunInstances":
                 return self._run(call, forward)

@@ -150,7 +150,7 @@ _RULES = (
     ),
     _Rule(
         "InsufficientInstanceCapacity|InsufficientHostCapacity|InsufficientCapacity|InsufficientAddressCapacity"
-        "|InsufficientFreeAddressesInSubnet|InsufficientVolumeCapacity|Unsupported(Operation)?|SpotMaxPriceTooLow",
+        "|InsufficientFreeAddressesInSubnet|InsufficientVolumeCapacity|Unsupported|SpotMaxPriceTooLow",
         InsufficientCapacity,
         "No {type} can be had in {subnets}: {message}",
         "Name subnets of more zones in AWS_SUBNET_ID, set another AWS_INSTANCE_TYPE, or try again later.",

@@ -1,0 +1,382 @@
+"""The desktops of one daemon, as instances: made, ended, renewed, put to sleep.
+
+A launch goes on when whoever asked for it is cancelled, in a task of its own: a call that was sent must be heard to its
+end, or nobody would know of its instance until the next sweep.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import anyio
+import structlog
+
+from ...errors import BootFailed, CloudRefused, CloudUnreachable, InfraError
+from ...models import Endpoints
+from ...settings import Settings
+from ..base import Death, InstanceSpec, Made, Report
+from . import tags
+from .boot import narrate
+from .budget import Budget
+from .cloud import Cloud
+from .instances import Instances, Seen
+from .launch import Image, launch
+from .place import Place
+from .refusals import early_end
+from .ttl import Ttl
+
+logger = structlog.get_logger(__name__)
+
+IDS = re.compile(r"[a-z0-9-]{1,48}")
+"""What can have been made by us. In EC2's filters `*` and `?` stand for anything."""
+UNHEARD = 20.0
+"""Seconds for which an instance is looked for whose launch was not answered."""
+AGAIN = 10.0
+"""Seconds after which an instance that is not seen to end is told so again."""
+ADDRESS = 60.0
+"""Seconds within which a running instance has its address."""
+ROOT_LOOKS = 1.0
+CALL = 30.0
+LEAVING = ("shutting-down", "stopping", "stopped")
+USED = ("pending", "running", "stopping", "stopped")
+"""States of instances that count and cost."""
+
+
+@dataclass(eq=False)
+class Desktop:
+    """One that this process launched, until it is destroyed.
+
+    launched  set when the outcome of the launch is known: `instance_id`, or `failure`, or both.
+    unheard   AWS may have launched it and did not say so.
+    asked     what it was launched with.
+    ends      when its TTL ends it, in Unix seconds; None without one.
+    renewed   its instance is another desktop now.
+    """
+
+    id: str
+    instance_id: str | None = None
+    failure: Exception | None = None
+    unheard: bool = False
+    asked: dict[str, Any] = field(default_factory=dict)
+    ends: float | None = None
+    parked: bool = False
+    renewed: bool = False
+    launched: asyncio.Event = field(default_factory=asyncio.Event)
+    making: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    scheduling: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+
+
+class Desktops:
+    """`background` must live as long as this does, and outlive no launch."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        daemon_id: str,
+        owner: str,
+        cloud: Cloud,
+        place: Place,
+        image: Image,
+        budget: Budget,
+        ttl: Ttl | None,
+        instances: Instances,
+        background: asyncio.TaskGroup,
+    ) -> None:
+        self._settings = settings
+        self._daemon_id = daemon_id
+        self._owner = owner
+        self._cloud = cloud
+        self._place = place
+        self._image = image
+        self._budget = budget
+        self._ttl = ttl
+        self._instances = instances
+        self._background = background
+        self._narrators: set[asyncio.Task[None]] = set()
+        self.known: dict[str, Desktop] = {}
+
+    @property
+    def has_room(self) -> bool:
+        return self._budget.has_room(self._types(), self._settings.aws_instance_type)
+
+    def _types(self) -> list[str]:
+        """One for each instance that exists or is being launched."""
+        there = [seen for seen in self._instances if seen.state in USED]
+        mine = {seen.id for seen in there} | {seen.desktop_id for seen in there}
+        launching = [
+            desktop
+            for desktop in self.known.values()
+            if not desktop.launched.is_set() and desktop.instance_id not in mine and desktop.id not in mine
+        ]
+        return [seen.type for seen in there] + [self._settings.aws_instance_type] * len(launching)
+
+    # -- making -------------------------------------------------------------------------------------------------
+
+    async def create(self, spec: InstanceSpec, report: Report) -> Made:
+        if spec.id in self.known:
+            raise BootFailed(f"A desktop {spec.id} exists already.", hint="Ids are unique for ever; choose another.")
+        self._budget.require(self._types(), self._settings.aws_instance_type)
+        desktop = self.known[spec.id] = Desktop(spec.id)
+        report.phase("launch")
+        self._background.create_task(self._launch(desktop, spec, report))
+        with desktop.making:
+            await desktop.launched.wait()
+            if desktop.failure is not None:
+                raise desktop.failure
+            report.phase("pending")
+            return await self._running(desktop, report)
+        raise BootFailed(f"The desktop {spec.id} was destroyed while it was made.")
+
+    async def _launch(self, desktop: Desktop, spec: InstanceSpec, report: Report) -> None:
+        """Never raises: what went wrong is the desktop's `failure`."""
+        try:
+            await self._launch_and_schedule(desktop, spec, report)
+        except CloudRefused as refusal:
+            desktop.failure = refusal
+            # Also an error of AWS's own may come after it was done.
+            server_failed = type(refusal) is CloudRefused and refusal.facts.get("aws_code", "").startswith("Internal")
+            desktop.unheard = desktop.instance_id is None and (isinstance(refusal, CloudUnreachable) or server_failed)
+            if desktop.instance_id is not None:
+                await self._end_early(desktop.instance_id)
+        except Exception as error:  # noqa: BLE001 - a task's boundary: it is raised where the launch is waited for
+            desktop.failure = error
+        finally:
+            desktop.launched.set()
+
+    async def _launch_and_schedule(self, desktop: Desktop, spec: InstanceSpec, report: Report) -> None:
+        now = time.time()
+        ends = self._ttl.expires(now) if self._ttl else None
+        mine = tags.tags_of(spec, self._daemon_id, self._owner, now, ends)
+        told, desktop.asked = await launch(self._cloud, self._settings, self._place, self._image, spec, mine, report)
+        seen = Seen.of(told)
+        desktop.instance_id = seen.id
+        self._instances.launched(seen)
+        logger.info("launched", desktop_id=spec.id, instance_id=seen.id, subnet=told.get("SubnetId"))
+        report.progress(f"{seen.id} is launched")
+        if self._ttl is not None:
+            with desktop.scheduling:
+                desktop.ends = await self._ttl.begin(seen.id)
+
+    async def _end_early(self, instance_id: str) -> None:
+        """Without a schedule it must not stay. Whether it went is `destroy`'s to see."""
+        try:
+            await self._cloud.call("ec2", "terminate_instances", within=CALL, InstanceIds=[instance_id])
+        except CloudRefused as refusal:
+            logger.warning("an instance without a schedule stays for now", instance_id=instance_id, error=str(refusal))
+
+    async def _running(self, desktop: Desktop, report: Report) -> Made:
+        """Where its ports will be, once it runs and has its address."""
+        assert desktop.instance_id is not None
+        instance_id = desktop.instance_id
+        report.progress(f"{instance_id} is pending")
+        seen = await self._instances.until(instance_id, lambda seen: seen.state not in ("pending", "stopped"))
+        if seen.state != "running":
+            raise early_end(seen.reason_code, seen.reason, instance_id, region=self._cloud.region, asked=desktop.asked)
+        report.phase("running")
+        address = await self._address(instance_id)
+        report.progress(f"{instance_id} runs, at {address}")
+        narrator = self._background.create_task(narrate(self._cloud, instance_id, report))
+        self._narrators.add(narrator)
+        narrator.add_done_callback(self._narrators.discard)
+        return Made(_endpoints(address))
+
+    async def _address(self, instance_id: str) -> str:
+        public = self._settings.aws_public_ip
+
+        def address(seen: Seen) -> str | None:
+            return seen.public_ip if public else seen.private_ip
+
+        with anyio.move_on_after(ADDRESS):
+            if found := address(await self._instances.until(instance_id, lambda seen: bool(address(seen)))):
+                return found
+        kind, hint = ("public", "See whether its subnet routes to an internet gateway, or unset ENVD_AWS_PUBLIC_IP.")
+        raise BootFailed(
+            f"{instance_id} runs and has no {kind if public else 'private'} address.", hint=hint if public else ""
+        )
+
+    def hush(self) -> None:
+        """What is told of boots is told no more."""
+        for narrator in self._narrators:
+            narrator.cancel()
+
+    # -- ending -------------------------------------------------------------------------------------------------
+
+    async def destroy(self, desktop_id: str) -> None:
+        if IDS.fullmatch(desktop_id) is None:
+            return
+        desktop = self.known.get(desktop_id)
+        if desktop is not None:
+            desktop.making.cancel()
+            desktop.scheduling.cancel()
+            await desktop.launched.wait()
+        async with anyio.create_task_group() as ending:
+            for instance_id in await self._instances_of(desktop_id, desktop):
+                ending.start_soon(self._end, instance_id)
+        if self.known.get(desktop_id) is desktop:
+            self.known.pop(desktop_id, None)
+
+    async def _instances_of(self, desktop_id: str, desktop: Desktop | None) -> set[str]:
+        """Mostly one. Not those that are another desktop by now: EC2 may tell of their old tags for a while."""
+        others = {one.instance_id for one in self.known.values() if one is not desktop}
+        mine = {desktop.instance_id} if desktop is not None and desktop.instance_id else set()
+        patience = time.monotonic() + (UNHEARD if desktop is not None and desktop.unheard else 0.0)
+        while True:
+            for told in await self._tagged(desktop_id):
+                if told["InstanceId"] not in others:
+                    self._instances.launched(Seen.of(told))
+                    mine.add(told["InstanceId"])
+            if mine or time.monotonic() >= patience:
+                return mine
+            await anyio.sleep(ROOT_LOOKS)
+
+    async def _tagged(self, desktop_id: str) -> list[dict[str, Any]]:
+        filters = [{"Name": f"tag:{tags.DESKTOP}", "Values": [desktop_id]}, *tags.of_daemon(self._daemon_id)]
+        pages = await self._cloud.pages("ec2", "describe_instances", "Reservations", Filters=filters, within=CALL)
+        return [told for page in pages for told in page["Instances"]]
+
+    async def _end(self, instance_id: str) -> None:
+        """Return when it is seen to have ended. What EC2 does not know yet is told again to end."""
+        seen = self._instances.get(instance_id)
+        while not seen.ended:
+            try:
+                await self._cloud.call("ec2", "terminate_instances", within=CALL, InstanceIds=[instance_id])
+            except CloudRefused as refusal:
+                if refusal.facts.get("aws_code") != "InvalidInstanceID.NotFound":
+                    raise
+            with anyio.move_on_after(AGAIN):
+                await self._instances.fresh()
+                seen = await self._instances.until(instance_id, lambda seen: seen.state == "shutting-down")
+            if seen.state == "shutting-down":
+                seen = await self._instances.until(instance_id, lambda seen: False)
+        if self._ttl is not None:
+            try:
+                await self._ttl.end(instance_id)
+            except CloudRefused as refusal:
+                logger.warning("its schedule stays until the next sweep", instance_id=instance_id, error=str(refusal))
+
+    # -- living -------------------------------------------------------------------------------------------------
+
+    async def wait(self, desktop_id: str) -> Death:
+        desktop = self.known.get(desktop_id)
+        if desktop is None:
+            return Death("there is no such desktop")
+        await desktop.launched.wait()
+        if desktop.instance_id is None:
+            return Death(f"it was never launched: {desktop.failure}")
+
+        def is_over(seen: Seen) -> bool:
+            return desktop.renewed or (seen.state in LEAVING and not (desktop.parked and seen.state != LEAVING[0]))
+
+        seen = await self._instances.until(desktop.instance_id, is_over, hurry=False)
+        if desktop.renewed:
+            return Death("its instance is another desktop now")
+        why = seen.reason or seen.reason_code or "EC2 gives no reason"
+        return Death(f"{desktop.instance_id} is {seen.state}: {why}")
+
+    async def renew(self, old_id: str, spec: InstanceSpec, report: Report) -> Made | None:
+        """By EC2's replacement of root volumes, which restores what the instance was launched from."""
+        old = self.known.get(old_id)
+        if self._settings.aws_reset != "replace-root" or old is None or old.instance_id is None or old.parked:
+            return None
+        instance_id = old.instance_id
+        if self._instances.get(instance_id).state != "running" or not old.launched.is_set():
+            return None
+        new = Desktop(spec.id, instance_id, asked=old.asked, ends=old.ends)
+        new.launched.set()
+        old.renewed = True
+        del self.known[old_id]
+        self.known[spec.id] = new
+        report.phase("replace-root")
+        with new.making:
+            await self._retag(instance_id, spec)
+            await self._replace_root(instance_id, spec, report)
+            return await self._running(new, report)
+        raise BootFailed(f"The desktop {spec.id} was destroyed while it was made.")
+
+    async def _retag(self, instance_id: str, spec: InstanceSpec) -> None:
+        told = {"Name": spec.id, tags.DESKTOP: spec.id, tags.JOB: spec.job_id}
+        told[tags.ENV] = "" if spec.env is None else str(spec.env)
+        await self._cloud.call("ec2", "create_tags", within=CALL, Resources=[instance_id], Tags=tags.as_list(told))
+
+    async def _replace_root(self, instance_id: str, spec: InstanceSpec, report: Report) -> None:
+        asked = {"InstanceId": instance_id, "ClientToken": spec.id, "DeleteReplacedRootVolume": True}
+        answer = await self._cloud.call("ec2", "create_replace_root_volume_task", within=CALL, **asked)
+        task = answer["ReplaceRootVolumeTask"]
+        told = ""
+        while (state := task["TaskState"]) != "succeeded":
+            if state.startswith("fail"):
+                raise BootFailed(f"EC2 could not replace the root volume of {instance_id}: {state}.")
+            if state != told:
+                report.progress(f"the root volume of {instance_id} is being replaced: {state}")
+            told = state
+            await anyio.sleep(ROOT_LOOKS)
+            task = await self._root_task(task)
+
+    async def _root_task(self, task: dict[str, Any]) -> dict[str, Any]:
+        """As it stands now; as it stood, while EC2 does not know of it yet or is asked too often."""
+        asked = {"ReplaceRootVolumeTaskIds": [task["ReplaceRootVolumeTaskId"]]}
+        try:
+            answer = await self._cloud.call("ec2", "describe_replace_root_volume_tasks", within=CALL, **asked)
+        except CloudRefused as refusal:
+            if not refusal.retryable:
+                raise
+            return task
+        return next(iter(answer["ReplaceRootVolumeTasks"]), task)
+
+    async def park(self, desktop_id: str) -> None:
+        desktop = self._existing(desktop_id)
+        assert desktop.instance_id is not None
+        desktop.parked = True
+        await self._cloud.call("ec2", "stop_instances", within=CALL, InstanceIds=[desktop.instance_id])
+        seen = await self._instances.until(desktop.instance_id, lambda seen: seen.state in ("stopped", "shutting-down"))
+        if seen.state != "stopped":
+            raise InfraError(f"{desktop.instance_id} was to stop, and is {seen.state}: {seen.reason}")
+
+    async def unpark(self, desktop_id: str, report: Report) -> Made:
+        desktop = self._existing(desktop_id)
+        report.phase("start")
+        with anyio.CancelScope() as desktop.making:
+            await self._cloud.call("ec2", "start_instances", within=CALL, InstanceIds=[desktop.instance_id])
+            made = await self._running(desktop, report)
+            desktop.parked = False
+            return made
+        raise BootFailed(f"The desktop {desktop_id} was destroyed while it was started.")
+
+    def _existing(self, desktop_id: str) -> Desktop:
+        desktop = self.known.get(desktop_id)
+        if desktop is None or desktop.instance_id is None:
+            raise BootFailed(f"There is no desktop {desktop_id}.")
+        return desktop
+
+    async def prolong(self, left: float) -> None:
+        """Put off the end of each that has less than `left` seconds."""
+        assert self._ttl is not None
+        for desktop in tuple(self.known.values()):
+            if desktop.instance_id is None or desktop.ends is None or desktop.ends - time.time() >= left:
+                continue
+            try:
+                desktop.ends = await self._ttl.prolong(desktop.instance_id)
+            except CloudRefused as refusal:
+                until = tags.in_utc(desktop.ends)
+                logger.warning("its end cannot be put off", desktop_id=desktop.id, until=until, error=str(refusal))
+
+    async def list(self) -> frozenset[str]:
+        pages = await self._cloud.pages(
+            "ec2", "describe_instances", "Reservations", Filters=tags.of_daemon(self._daemon_id), within=CALL
+        )
+        found = {tags.as_dict(told.get("Tags")).get(tags.DESKTOP, "") for page in pages for told in page["Instances"]}
+        return frozenset(found - {""}) | frozenset(self.known)
+
+
+def _endpoints(address: str) -> Endpoints:
+    """The ports that OSWorld's images have."""
+    return Endpoints(
+        guest=f"http://{address}:5000",
+        cdp=f"http://{address}:9222",
+        vnc=f"http://{address}:8006",
+        vlc=f"http://{address}:8080",
+    )
