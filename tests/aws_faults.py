@@ -113,7 +113,7 @@ class Faults:
         self.replaced: Counter[str] = Counter()
         self.listeners: list[Callable[[], None]] = []
         self._faults: list[Fault] = []
-        self._launched: dict[str, tuple[str, Answer]] = {}
+        self.launched: dict[str, tuple[str, Answer]] = {}
         self._launched_at: dict[str, float] = {}
         self._tasks: dict[str, tuple[str, float, bool]] = {}
         self._guard = threading.Lock()
@@ -151,6 +151,8 @@ class Faults:
                 return self._run(call, forward)
             case "ec2:DescribeInstances":
                 return self._describe(call, forward())
+            case "ec2:TerminateInstances":
+                return _terminated(call, forward())
             case "ec2:CreateReplaceRootVolumeTask":
                 return self._replace(call)
             case "ec2:DescribeReplaceRootVolumeTasks":
@@ -161,13 +163,13 @@ class Faults:
         """A token launches once: the same call has the same answer, another one with the same token is refused."""
         token = call.parameters.get("ClientToken", "")
         with self._launching:
-            if token in self._launched:
-                asked, answer = self._launched[token]
+            if token in self.launched:
+                asked, answer = self.launched[token]
                 return answer if asked == call.body else refused("ec2", "IdempotentParameterMismatch")
             answer = forward()
             if answer[0] == 200:
                 if token:
-                    self._launched[token] = (call.body, answer)
+                    self.launched[token] = (call.body, answer)
                 for instance_id in re.findall(rb"<instanceId>(i-\w+)</instanceId>", answer[2]):
                     self._launched_at[instance_id.decode()] = time.monotonic()
         return answer
@@ -266,6 +268,10 @@ class FaultyAccount(Account):
         """Change what is answered."""
         self.faults.add(Fault(action, skip, times, rewrite=how))
 
+    def forget_tokens(self) -> None:
+        """From here on launches may have the tokens of earlier ones, as if a day had passed."""
+        self.faults.launched.clear()
+
     def settled(self) -> None:
         """From here on nothing goes wrong."""
         self.faults.clear()
@@ -322,6 +328,16 @@ def refused(service: str, code: str, message: str = "No.", status: int = 400) ->
         return status, {"Content-Type": "text/xml"}, body.encode()
     told = '{"__type": "%s", "message": "%s", "Message": "%s"}' % (code, message, message)  # noqa: UP031 - braces
     return status, {"Content-Type": "application/json", "x-amzn-ErrorType": code}, told.encode()
+
+
+def _terminated(call: Call, answer: Answer) -> Answer:
+    """What has ended may be told so again; moto then looks for its network interface."""
+    if b"InvalidNetworkInterfaceID.NotFound" not in answer[2]:
+        return answer
+    ids = [value for key, value in call.parameters.items() if key.startswith("InstanceId.")]
+    state = "<currentState><code>48</code><name>terminated</name></currentState>"
+    items = "".join(f"<item><instanceId>{instance_id}</instanceId>{state}</item>" for instance_id in ids)
+    return _xml("TerminateInstances", f"<instancesSet>{items}</instancesSet>")
 
 
 def _say(item: Any, state: str, code: int, reason: tuple[str, str] | None = None, unless: str = "") -> None:

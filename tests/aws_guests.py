@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aws_cloud import REGION, Account
 from aws_faults import PATIENCE, FaultyAccount
 
 from envd.drivers.base import InstanceSpec, Report
@@ -138,6 +139,17 @@ async def _between(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, i
     finally:
         for each in (writer, far_writer):
             each.transport.abort()
+
+
+def settings_in(aws: Account) -> dict[str, Any]:
+    """Of a daemon or a driver in that account, by the names of fields."""
+    return {
+        "provider": "aws",
+        "aws_region": REGION,
+        "aws_subnet_id": aws.subnets,
+        "aws_security_group_id": (aws.security_group,),
+        "aws_ami": aws.ami,
+    }
 
 
 @contextmanager

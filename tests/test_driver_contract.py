@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +18,18 @@ from urllib.parse import urlsplit
 import aiohttp
 import anyio
 import pytest
+from aws_faults import FaultyAccount, faulty_account
+from aws_guests import Guests, guests, settings_in
 from PIL import Image
 from vm_engine import MACHINE, SCREEN, Told, engine, shared
 
+import envd.drivers.aws
 import envd.drivers.docker
 import envd.drivers.local
 import envd.drivers.qemu  # noqa: F401 - here, since an import blocks and drivers are imported when they are chosen
 from envd.boot.probes import Readiness
 from envd.drivers import make_driver
+from envd.drivers.aws import instances
 from envd.drivers.base import Death, Driver, InstanceSpec, Made, Report
 from envd.drivers.qemu import QemuDriver
 from envd.drivers.sim import SimDriver
@@ -47,6 +51,8 @@ class Provider:
     image: str = "envd/desktop"
     virtual: bool = False
     """Whether its desktops are virtual machines, which are clones of one template then."""
+    cloud: bool = False
+    """Whether they are instances of the account that is shared by these tests."""
 
     def driver(self, state_dir: Path, daemon_id: str = "test") -> Driver:
         machine: dict[str, Any] = {"template_dir": shared() / "templates", **MACHINE} if self.virtual else {}
@@ -56,6 +62,8 @@ class Provider:
             "screen": SCREEN,
             "docker_image": self.image,
         }
+        if self.cloud:
+            about |= settings_in(ACCOUNTS[0][0])
         return make_driver(Settings(**about, **machine), daemon_id)
 
 
@@ -84,8 +92,24 @@ async def kill_the_machine(driver: Driver, instance_id: str, _: Endpoints) -> st
     return "SIGKILL"
 
 
+async def terminate_the_instance(_: Driver, __: str, endpoints: Endpoints) -> str:
+    """As from the console of AWS, or as the schedule does."""
+    [(aws, there)] = ACCOUNTS
+    ec2 = aws.client("ec2")
+    filters = [
+        {"Name": "private-ip-address", "Values": [urlsplit(endpoints.guest).hostname]},
+        {"Name": "instance-state-name", "Values": ["running"]},
+    ]
+    pages = await anyio.to_thread.run_sync(lambda: ec2.describe_instances(Filters=filters)["Reservations"])
+    ids = [one["InstanceId"] for page in pages for one in page["Instances"]]
+    await anyio.to_thread.run_sync(lambda: ec2.terminate_instances(InstanceIds=ids))
+    await anyio.to_thread.run_sync(there.look_now)
+    return "User initiated"
+
+
 DRIVERS = [
     pytest.param(Provider("sim", stop_the_sim), id="sim"),
+    pytest.param(Provider("aws", terminate_the_instance, cloud=True), id="aws"),
     pytest.param(Provider("local", kill_the_x_server), id="local", marks=pytest.mark.local),
     pytest.param(Provider("docker", kill_the_containers_x_server), id="docker", marks=pytest.mark.docker),
     pytest.param(
@@ -95,6 +119,26 @@ DRIVERS = [
     ),
 ]
 every_driver = pytest.mark.parametrize("provider", DRIVERS)
+ACCOUNTS: list[tuple[FaultyAccount, Guests]] = []
+"""The one of these tests at AWS, and who is its instances; while there is one."""
+
+
+@pytest.fixture(scope="module")
+def an_account() -> Iterator[None]:
+    with faulty_account() as aws, guests(aws) as there:
+        ACCOUNTS.append((aws, there))
+        yield
+        ACCOUNTS.clear()
+
+
+@pytest.fixture(autouse=True)
+def an_account_is_there(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For instances: made for the first test, kept for all. What happens to them is seen within a moment."""
+    if request.node.callspec.params["provider"].cloud:
+        request.getfixturevalue("an_account")
+        ACCOUNTS[0][0].forget_tokens()
+        monkeypatch.setattr(instances, "IDLE", 0.2)
+        monkeypatch.setattr(instances, "BUSY", 0.05)
 
 
 @pytest.fixture(autouse=True)
