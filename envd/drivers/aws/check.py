@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import aioboto3
@@ -23,7 +22,7 @@ from .check_permissions import Identity, permissions
 from .cloud import Cloud, open_cloud
 from .findings import Finding, Look, gather
 from .metadata import about_this_host
-from .place import find_place
+from .place import Place, find_place
 from .refusals import explain
 
 __all__ = ["Finding", "check"]
@@ -44,43 +43,35 @@ WAYS: Mapping[str, str] = KEYS | {
 }
 
 
-@dataclass(frozen=True)
-class Ground:
-    """What is looked at: as Place, where parts may be missing."""
-
-    region: str
-    subnets: tuple[str, ...]
-    groups: tuple[str, ...]
-
-
 async def check(settings: Settings) -> list[Finding]:
     """All that is found, in the order in which it is to be put right. Takes some seconds; raises nothing that AWS or
     the settings are the reason for."""
-    ground, found = await _ground(settings)
-    if not ground.region:
-        return [*found, _not_looked("there is no region to ask in")]
-    credentials = await _credentials(ground.region)
-    found.append(credentials)
+    place, found = await _place(settings)
+    region = place.region if place else settings.aws_region
+    if not region:
+        return [found, _not_looked("there is no region to ask in")]
+    credentials = await _credentials(region)
     if credentials.verdict == "failed":
-        return [*found, _not_looked("without credentials AWS answers nothing")]
-    async with open_cloud(ground.region) as cloud:
+        return [found, credentials, _not_looked("without credentials AWS answers nothing")]
+    async with open_cloud(region) as cloud:
         try:
             identity = await _identity(cloud)
         except CloudRefused as refusal:
-            found.append(Finding("identity", "failed", refusal.detail, refusal.hint))
-            return [*found, _not_looked("AWS does not know who asks")]
-        found.append(Finding("identity", "ok", f"{identity.arn}, account {identity.account}"))
-        return found + await _all(cloud, settings, ground, identity)
+            unknown = Finding("identity", "failed", refusal.detail, refusal.hint)
+            return [found, credentials, unknown, _not_looked("AWS does not accept who asks")]
+        known = Finding("identity", "ok", f"{identity.arn}, account {identity.account}")
+        return [found, credentials, known, *await _all(cloud, settings, place, identity)]
 
 
-async def _all(cloud: Cloud, settings: Settings, ground: Ground, identity: Identity) -> list[Finding]:
+async def _all(cloud: Cloud, settings: Settings, place: Place | None, identity: Identity) -> list[Finding]:
     host = await about_this_host()
-    ami = settings.aws_ami
-    launch = _launch(settings, ground, ami) if ami and ground.subnets and ground.groups else None
+    subnets, groups = settings.aws_subnet_id, settings.aws_security_group_id
+    if place is not None:
+        subnets, groups = place.subnets, place.security_groups
     looks: list[tuple[str, Look]] = [
-        ("permissions", partial(permissions, cloud, settings, identity, launch)),
-        ("image", partial(image, cloud, settings, identity, ami)),
-        ("network", partial(network, cloud, settings, ground.subnets, ground.groups, host)),
+        ("permissions", partial(permissions, cloud, settings, identity, place)),
+        ("image", partial(image, cloud, settings, identity)),
+        ("network", partial(network, cloud, settings, subnets, groups, host)),
         ("vCPU quota", partial(quota, cloud, settings)),
         ("TTL role", partial(ttl_role, cloud, settings, identity)),
         (f"port {settings.port} inbound", partial(inbound, cloud, settings, host)),
@@ -88,12 +79,11 @@ async def _all(cloud: Cloud, settings: Settings, ground: Ground, identity: Ident
     return await gather(looks)
 
 
-async def _ground(settings: Settings) -> tuple[Ground, list[Finding]]:
+async def _place(settings: Settings) -> tuple[Place | None, Finding]:
     try:
         place = await find_place(settings)
     except SettingsError as error:
-        ground = Ground(settings.aws_region, settings.aws_subnet_id, settings.aws_security_group_id)
-        return ground, [Finding("place", "failed", error.detail, error.hint)]
+        return None, Finding("place", "failed", error.detail, error.hint)
 
     def told(field: str, values: Sequence[str]) -> str:
         return f"{', '.join(values)} ({place.origins[field]})"
@@ -102,7 +92,7 @@ async def _ground(settings: Settings) -> tuple[Ground, list[Finding]]:
         f"region {told('aws_region', [place.region])}, subnets {told('aws_subnet_id', place.subnets)},"
         f" security groups {told('aws_security_group_id', place.security_groups)}"
     )
-    return Ground(place.region, place.subnets, place.security_groups), [Finding("place", "ok", detail)]
+    return place, Finding("place", "ok", detail)
 
 
 async def _credentials(region: str) -> Finding:
@@ -130,14 +120,3 @@ async def _identity(cloud: Cloud) -> Identity:
 
 def _not_looked(why: str) -> Finding:
     return Finding("the rest", "unknown", f"not looked at: {why}")
-
-
-def _launch(settings: Settings, ground: Ground, ami: str) -> Mapping[str, object]:
-    return {
-        "ImageId": ami,
-        "InstanceType": settings.aws_instance_type,
-        "MinCount": 1,
-        "MaxCount": 1,
-        "SubnetId": ground.subnets[0],
-        "SecurityGroupIds": list(ground.groups),
-    }

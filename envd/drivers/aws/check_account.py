@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ...errors import CloudRefused, NotAuthorized
+from ...errors import AmiUnavailable, CloudRefused, NotAuthorized
 from ...settings import Settings
 from .check_permissions import MAKES_ROLE, Identity, role_arn, simulate
 from .cloud import Cloud
 from .findings import Finding
+from .launch import ami_of
 from .refusals import MORE_OF, STANDARD_VCPUS
 from .scheduler_role import fault_in_trust
 
@@ -20,15 +21,20 @@ GIVE_ROLE = "make it of deploy/aws/scheduler-trust.json and scheduler-policy.jso
 TRUST = "aws iam update-assume-role-policy --role-name {name} --policy-document file://deploy/aws/scheduler-trust.json"
 
 
-async def image(cloud: Cloud, settings: Settings, identity: Identity, ami: str) -> list[Finding]:
+async def image(cloud: Cloud, settings: Settings, identity: Identity) -> list[Finding]:
     """Raises CloudRefused."""
-    region = cloud.region
-    found = await cloud.pages("ec2", "describe_images", "Images", Filters=[{"Name": "image-id", "Values": [ami]}])
+    try:
+        ami = ami_of(settings, cloud.region)
+    except AmiUnavailable as refusal:
+        return [Finding("image", "failed", refusal.detail, refusal.hint)]
     what = f"image {ami}"
+    found = await cloud.pages("ec2", "describe_images", "Images", Filters=[{"Name": "image-id", "Values": [ami]}])
     if not found:
-        copy = f"aws ec2 copy-image --region {region} --source-image-id {ami} --source-region … --name envd-desktop"
-        fix = f"{copy}, and ENVD_AWS_AMI=the copy; or have its owner share it with {identity.account}"
-        return [Finding(what, "failed", f"it is not in {region}, or not shared with account {identity.account}", fix)]
+        detail = f"it is not in {cloud.region}, or not shared with account {identity.account}"
+        copy = (
+            f"aws ec2 copy-image --region {cloud.region} --source-region … --source-image-id {ami} --name envd-desktop"
+        )
+        return [Finding(what, "failed", detail, f"{copy}, and ENVD_AWS_AMI=the copy; or have its owner share it")]
     return [_judged(what, found[0], identity), *await _architecture(cloud, settings, found[0])]
 
 

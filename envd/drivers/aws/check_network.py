@@ -28,8 +28,8 @@ async def network(
     cloud: Cloud, settings: Settings, subnet_ids: Sequence[str], group_ids: Sequence[str], host: HostFacts | None
 ) -> list[Finding]:
     """Of the desktops' subnets and groups. Raises CloudRefused if AWS does not tell of them."""
-    subnets = await cloud.pages("ec2", "describe_subnets", "Subnets", Filters=_ids("subnet-id", subnet_ids))
-    groups = await cloud.pages("ec2", "describe_security_groups", "SecurityGroups", Filters=_ids("group-id", group_ids))
+    subnets = await _described(cloud, "describe_subnets", "Subnets", "subnet-id", subnet_ids)
+    groups = await _described(cloud, "describe_security_groups", "SecurityGroups", "group-id", group_ids)
     vpcs = {one["VpcId"] for one in subnets}
     source = _source(settings, host)
     rules = rules_of(groups)
@@ -50,9 +50,7 @@ async def inbound(cloud: Cloud, settings: Settings, host: HostFacts | None) -> l
         return [Finding(what, "unknown", "this host is not on EC2, or may not ask; see its firewall")]
     if host.region != cloud.region:
         return [Finding(what, "unknown", f"this host is in {host.region}, and {cloud.region} was asked")]
-    groups = await cloud.pages(
-        "ec2", "describe_security_groups", "SecurityGroups", Filters=_ids("group-id", host.security_groups)
-    )
+    groups = await _described(cloud, "describe_security_groups", "SecurityGroups", "group-id", host.security_groups)
     rules = [rule for rule in rules_of(groups) if rule.covers(settings.port)]
     if not rules:
         to = f"--group-id {min(host.security_groups)} --protocol tcp --port {settings.port}"
@@ -69,9 +67,11 @@ async def inbound(cloud: Cloud, settings: Settings, host: HostFacts | None) -> l
     return found or [Finding(what, "ok", f"open to {peers}")]
 
 
-def _ids(name: str, ids: Sequence[str]) -> list[dict[str, Any]]:
-    """As a filter: with it those that there are not are left out; asked by id, one of them would spoil the answer."""
-    return [{"Name": name, "Values": list(ids)}]
+async def _described(cloud: Cloud, operation: str, key: str, name: str, ids: Sequence[str]) -> list[Any]:
+    """By a filter: with it those that there are not are left out; asked by id, one of them would spoil the answer."""
+    if not ids:
+        return []
+    return await cloud.pages("ec2", operation, key, Filters=[{"Name": name, "Values": list(ids)}])
 
 
 def _subnets(region: str, wanted: Sequence[str], found: Sequence[Tree]) -> list[Finding]:

@@ -7,6 +7,7 @@ yet, IAM's simulator is asked, which the caller must be allowed to do.
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -19,15 +20,13 @@ from ...settings import Settings
 from . import tags
 from .cloud import Cloud
 from .findings import Finding, Look, gather
+from .launch import find_image, parameters
+from .place import Place
 from .scheduler_role import SCHEDULER
 
 NOBODY = "i-00000000000000000"
 """An instance that there is not."""
 POLICY = "deploy/aws/policy.json"
-READS: Mapping[str, str] = {
-    "describe_instances": "ec2:DescribeInstances",
-}
-"""EC2's operations on everything, by their action."""
 SCHEDULES = ("CreateSchedule", "DeleteSchedule", "UpdateSchedule")
 MAKES_ROLE = ("iam:CreateRole", "iam:GetRolePolicy", "iam:PutRolePolicy")
 
@@ -59,6 +58,12 @@ class Identity:
         return self.arn
 
 
+def reads(settings: Settings) -> list[str]:
+    """EC2's operations that look at all there is, of those that these settings lead to."""
+    more = ["describe_replace_root_volume_tasks"] if settings.aws_reset == "replace-root" else []
+    return ["describe_instances", "describe_instance_status", *more]
+
+
 def on_instances(settings: Settings) -> dict[str, Mapping[str, Any]]:
     """EC2's operations on an instance of ours that these settings lead to → what they take beside its id."""
     wanted: dict[str, Mapping[str, Any]] = {
@@ -73,16 +78,13 @@ def on_instances(settings: Settings) -> dict[str, Mapping[str, Any]]:
     return wanted
 
 
-async def permissions(
-    cloud: Cloud, settings: Settings, identity: Identity, launch: Mapping[str, Any] | None
-) -> list[Finding]:
-    """One for each action. `launch` are the parameters of a RunInstances, None where they cannot be told."""
+async def permissions(cloud: Cloud, settings: Settings, identity: Identity, place: Place | None) -> list[Finding]:
+    """One for each action. A launch is tried in the first subnet of `place`, if that is known."""
     instance = await _one_of_ours(cloud)
-    looks: list[tuple[str, Look]] = [
-        (_may(action), partial(_read, cloud, operation, action)) for operation, action in READS.items()
-    ]
-    if launch is not None:
-        looks.insert(0, (_may("ec2:RunInstances"), partial(_launch, cloud, launch)))
+    looks: list[tuple[str, Look]] = []
+    if place is not None:
+        looks.append((_may("ec2:RunInstances"), partial(_launch, cloud, settings, place)))
+    looks += [(_may(cloud.action("ec2", name)), partial(_read, cloud, name)) for name in reads(settings)]
     for operation, beside in on_instances(settings).items():
         look = partial(_on_instance, cloud, identity, operation, instance, beside)
         looks.append((_may(cloud.action("ec2", operation)), look))
@@ -127,28 +129,35 @@ async def _one_of_ours(cloud: Cloud) -> str | None:
     return found[0] if found else None
 
 
-async def _launch(cloud: Cloud, launch: Mapping[str, Any]) -> list[Finding]:
+async def _launch(cloud: Cloud, settings: Settings, place: Place) -> list[Finding]:
+    """The very launch of a desktop, dry."""
     what = _may("ec2:RunInstances")
     try:
-        await cloud.call("ec2", "run_instances", **launch, DryRun=True)
+        image = await find_image(cloud, settings)
+    except CloudRefused as refusal:
+        return [Finding(what, "unknown", f"it cannot be tried without the image: {refusal.detail}")]
+    marks = {"Name": "envd-preflight", tags.DAEMON: "preflight"}
+    asked = parameters(settings, place, image, place.subnets[0], f"preflight-{secrets.token_hex(8)}", marks)
+    try:
+        await cloud.call("ec2", "run_instances", **asked, DryRun=True)
     except NotAuthorized as refusal:
         return [_denied(what, refusal)]
     except CloudRefused as refusal:
         if _was_dry(refusal):
-            return [Finding(what, "ok", "a dry run of the whole launch would have succeeded")]
+            return [Finding(what, "ok", f"by a dry run of a desktop's launch in {place.subnets[0]}")]
         return [Finding(what, "failed", refusal.detail, refusal.hint)]
     return [_not_dry(what)]
 
 
-async def _read(cloud: Cloud, operation: str, action: str) -> list[Finding]:
-    what = _may(action)
+async def _read(cloud: Cloud, operation: str) -> list[Finding]:
+    what = _may(cloud.action("ec2", operation))
     try:
         await cloud.call("ec2", operation, DryRun=True)
     except NotAuthorized as refusal:
         return [_denied(what, refusal)]
     except CloudRefused as refusal:
         return [Finding(what, "ok", "by a dry run") if _was_dry(refusal) else _odd(what, refusal)]
-    return [_not_dry(what)]
+    return [Finding(what, "ok", "it was answered")]
 
 
 async def _on_instance(
@@ -158,24 +167,24 @@ async def _on_instance(
     then a dry run on one that there is not is refused also to those who may."""
     action = cloud.action("ec2", operation)
     what = _may(action)
+    simulator: CloudRefused | None = None
     if instance is None:
         resource = f"arn:{identity.partition}:ec2:{cloud.region}:{identity.account}:instance/{NOBODY}"
         try:
-            decisions = await simulate(cloud, identity, [action], resource, {f"aws:ResourceTag/{tags.DAEMON}": "any"})
-            return _decided(decisions)
-        except CloudRefused:
-            pass  # the dry run may yet tell
+            return _decided(
+                await simulate(cloud, identity, [action], resource, {f"aws:ResourceTag/{tags.DAEMON}": "any"})
+            )
+        except CloudRefused as refusal:
+            simulator = refusal  # a dry run may yet tell
     one = {"Resources": [instance or NOBODY]} if operation == "create_tags" else _id(operation, instance or NOBODY)
     try:
         await cloud.call("ec2", operation, **one, **beside, DryRun=True)
-    except NotAuthorized as refusal:
-        if instance is None:
-            return [_not_without_instance(what, refusal)]
-        return [_denied(what, refusal)]
     except CloudRefused as refusal:
         if _was_dry(refusal):
             return [Finding(what, "ok", f"by a dry run on {instance}" if instance else "by a dry run")]
-        return [_odd(what, refusal) if instance else _not_without_instance(what, refusal)]
+        if simulator is not None:
+            return [_not_without_instance(what, refusal, simulator)]
+        return [_denied(what, refusal) if isinstance(refusal, NotAuthorized) else _odd(what, refusal)]
     return [_not_dry(what)]
 
 
@@ -249,20 +258,18 @@ def _not_dry(what: str) -> Finding:
     return Finding(what, "unknown", "AWS answered a dry run as if it were none")
 
 
-def _not_simulated(what: str, refusal: CloudRefused) -> Finding:
-    return Finding(
-        what,
-        "unknown",
-        f"it has no dry run, and IAM's simulator was no help: {refusal.detail}",
-        _allow("iam:SimulatePrincipalPolicy") if isinstance(refusal, NotAuthorized) else "",
-    )
+def _not_simulated(what: str, simulator: CloudRefused) -> Finding:
+    detail = f"it has no dry run, and IAM's simulator was no help: {simulator.detail}"
+    return Finding(what, "unknown", detail, _let_simulate(simulator))
 
 
-def _not_without_instance(what: str, refusal: CloudRefused) -> Finding:
-    return Finding(
-        what,
-        "unknown",
-        "there is no desktop yet to try it on, and what a policy allows on envd's instances alone is refused without"
-        f" one: {refusal.detail}",
-        _allow("iam:SimulatePrincipalPolicy"),
+def _not_without_instance(what: str, refusal: CloudRefused, simulator: CloudRefused) -> Finding:
+    detail = (
+        "there is no desktop yet to try it on, and without one it is refused also to those who may do it to envd's"
+        f" instances alone: {refusal.detail}"
     )
+    return Finding(what, "unknown", detail, _let_simulate(simulator))
+
+
+def _let_simulate(simulator: CloudRefused) -> str:
+    return _allow("iam:SimulatePrincipalPolicy") if isinstance(simulator, NotAuthorized) else ""

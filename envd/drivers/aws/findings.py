@@ -9,6 +9,7 @@ from typing import Literal
 import anyio
 
 from ...errors import EnvdError, NotAuthorized
+from .refusals import CHECK
 
 AT_ONCE = 8
 """Calls under way: few enough that no bucket of AWS's runs dry."""
@@ -53,4 +54,4 @@ def not_seen(what: str, error: EnvdError) -> Finding:
     if isinstance(error, NotAuthorized):
         allow = f"Allow {error.facts.get('action', 'it')}, as deploy/aws/policy.json does."
         return Finding(what, "unknown", error.detail, allow)
-    return Finding(what, "unknown", error.detail, error.hint)
+    return Finding(what, "unknown", error.detail, "" if error.hint == CHECK else error.hint)
