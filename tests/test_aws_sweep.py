@@ -212,6 +212,7 @@ async def test_a_sweep_without_the_right_to_schedules_still_ends_instances(aws: 
         aws.fail(action, "AccessDeniedException", status=403, times=None)
     assert len(await swept(cloud)) == 1
     assert instances(aws) == {}
+    assert await orphan_schedules(cloud, grace=0) == []
 
 
 # -- Schedules without an instance -------------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from typing import Any
 
 import anyio
@@ -220,16 +220,23 @@ async def test_an_end_beside_a_call_under_way_leaves_no_schedule_behind(
     assert not list(ttl._turns)
 
 
-async def test_a_beginning_that_is_given_up_is_heard_to_its_end(aws: FaultyAccount, ttl: Ttl, instance: str) -> None:
+async def test_an_end_waits_for_a_beginning_that_was_given_up(aws: FaultyAccount, ttl: Ttl, instance: str) -> None:
+    """AWS has its call already: an end that overtakes it would leave a schedule behind."""
     held = aws.hold("scheduler:CreateSchedule", "before")
-    async with anyio.create_task_group() as tasks:
-        tasks.start_soon(ttl.begin, instance)
+    async with asyncio.TaskGroup() as tasks:
+        giving_up = anyio.CancelScope()
+        tasks.create_task(_within(giving_up, ttl.begin(instance)))
         await held.reached()
-        tasks.cancel_scope.cancel()
+        giving_up.cancel()
+        ending = tasks.create_task(ttl.end(instance))
+        assert not (await asyncio.wait([ending], timeout=0.5))[0]
         held.release()
-    assert schedule(aws, instance) is not None
-    await ttl.end(instance)
     assert schedule(aws, instance) is None
+
+
+async def _within(scope: anyio.CancelScope, call: Awaitable[object]) -> None:
+    with scope:
+        await call
 
 
 async def test_two_instances_do_not_wait_for_each_other(aws: FaultyAccount, ttl: Ttl, instance: str) -> None:
@@ -277,6 +284,18 @@ async def test_a_role_that_never_does_is_waited_for_once_and_not_at_every_launch
         assert aws.count("scheduler:CreateSchedule") - before in tries
     assert NOT_YET in caught.value.detail
     assert caught.value.facts["role"] == ROLE
+
+
+async def test_a_role_that_did_and_was_made_anew_is_waited_for_again(
+    aws: FaultyAccount, ttl: Ttl, instance: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ttl_module, "_FIRST_PAUSE", 0.05)
+    monkeypatch.setattr(ttl_module, "ASSUMABLE", 0.2)
+    for _ in range(2):
+        aws.fail("scheduler:CreateSchedule", "ValidationException", NOT_YET)
+        await ttl.begin(instance)
+        await asyncio.sleep(0.2)
+    assert schedule(aws, instance) is not None
 
 
 async def test_another_validation_fails_at_once(aws: FaultyAccount, ttl: Ttl, instance: str) -> None:
