@@ -17,7 +17,7 @@ from envd.drivers.aws.cloud import Cloud, open_cloud
 from envd.drivers.aws.sweep import GRACE, Found, find_instances, orphan_schedules, sweep, terminate
 from envd.drivers.aws.ttl import Ttl
 from envd.drivers.base import InstanceSpec
-from envd.errors import CloudRefused, Throttled
+from envd.errors import CloudRefused, CredentialsExpired, NotAuthorized, Throttled
 
 ROLE = "arn:aws:iam::123456789012:role/envd-scheduler-terminate"
 ABSENT = "i-0123456789abcdef0"
@@ -278,7 +278,15 @@ async def test_a_refusal_that_is_about_all_of_them_is_not_answered_with_one_call
     aws: FaultyAccount, cloud: Cloud
 ) -> None:
     launched = [launch(aws, f"desktop-{number}") for number in range(3)]
-    aws.fail("ec2:TerminateInstances", "UnauthorizedOperation", "Not you.", status=403, times=None)
-    with pytest.raises(CloudRefused):
+    aws.fail("ec2:TerminateInstances", "RequestExpired", "Request has expired.", times=None)
+    with pytest.raises(CredentialsExpired):
         await terminate(cloud, launched)
     assert aws.count("ec2:TerminateInstances") == 1
+
+
+async def test_one_that_may_not_be_ended_does_not_keep_the_others(aws: FaultyAccount, cloud: Cloud) -> None:
+    launched = [launch(aws, f"desktop-{number}") for number in range(2)]
+    aws.fail("ec2:TerminateInstances", "UnauthorizedOperation", "Not that one.", status=403, times=2)
+    with pytest.raises(NotAuthorized):
+        await terminate(cloud, launched)
+    assert list(instances(aws)) == [launched[0]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import calendar
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,8 +22,13 @@ GRACE = 120.0
 _AT_ONCE = 100
 """Instances in one call."""
 _PREFIX = tags.schedule_name("")
-_ONE_SPOILS_ALL = ("InvalidInstanceID.NotFound", "InvalidInstanceID.Malformed", "OperationNotPermitted")
-"""Refusals to end several that are about one: that is gone, or is protected."""
+_ONE_SPOILS_ALL = (
+    "InvalidInstanceID.NotFound",
+    "InvalidInstanceID.Malformed",
+    "OperationNotPermitted",
+    "UnauthorizedOperation",
+)
+"""Refusals to end several that may be about one: that is gone, is protected, or has no tag that a policy asks for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +68,11 @@ async def find_instances(cloud: Cloud, daemon_id: str | None, prices: Mapping[st
     return _found(instances, prices, scheduled)
 
 
-async def sweep(cloud: Cloud, daemon_id: str, known: Collection[str], *, grace: float = GRACE) -> list[Found]:
+async def sweep(cloud: Cloud, daemon_id: str, known: Container[str], *, grace: float = GRACE) -> list[Found]:
     """End this daemon's instances that nobody knows, and return them; and remove schedules without an instance.
 
-    `known` holds ids of desktops or of instances. It is looked into after AWS was asked, so it should be live: an
-    instance that is given to another desktop meanwhile is found under the old id. Those younger than `grace` seconds
+    `known` holds ids of desktops and of instances. It is looked into after AWS was asked, so it should be live: an
+    instance that was given to another desktop is found under the old id for some seconds. Those younger than `grace` seconds
     are left alone. Raises CloudRefused; if it could not be seen what there is, nothing was done.
     """
     instances = await _described(cloud, tags.of_daemon(daemon_id))
