@@ -72,8 +72,8 @@ async def sweep(cloud: Cloud, daemon_id: str, known: Container[str], *, grace: f
     """End this daemon's instances that nobody knows, and return them; and remove schedules without an instance.
 
     `known` holds ids of desktops and of instances. It is looked into after AWS was asked, so it should be live: an
-    instance that was given to another desktop is found under the old id for some seconds. Those younger than `grace` seconds
-    are left alone. Raises CloudRefused; if it could not be seen what there is, nothing was done.
+    instance that was given to another desktop is found under the old id for some seconds. Those younger than `grace`
+    seconds are left alone. Raises CloudRefused; if it could not be seen what there is, nothing was done.
     """
     instances = await _described(cloud, tags.of_daemon(daemon_id))
     strays = [
