@@ -97,14 +97,10 @@ class _Guest:
     _connections: set[asyncio.Task[None]] = field(default_factory=set)
 
     async def listen(self, address: str, port: int, inner: int) -> None:
-        async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.current_task()
-            assert task is not None
+        def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            task = asyncio.create_task(_between(reader, writer, inner))
             self._connections.add(task)
-            try:
-                await _between(reader, writer, inner)
-            finally:
-                self._connections.discard(task)
+            task.add_done_callback(self._connections.discard)
 
         self._servers.append(await asyncio.start_server(connected, address, port))
 

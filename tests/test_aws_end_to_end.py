@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
@@ -74,8 +75,12 @@ def alive(aws: FaultyAccount) -> list[str]:
 def schedules(aws: FaultyAccount) -> dict[str, str]:
     """Instance → when it ends."""
     client = aws.client("scheduler")
-    names = [one["Name"] for one in client.list_schedules()["Schedules"]]
-    return {name.removeprefix("envd-ttl-"): client.get_schedule(Name=name)["ScheduleExpression"] for name in names}
+    found = {}
+    for one in client.list_schedules()["Schedules"]:
+        with suppress(client.exceptions.ResourceNotFoundException):  # it has just been deleted
+            ends = client.get_schedule(Name=one["Name"])["ScheduleExpression"]
+            found[one["Name"].removeprefix("envd-ttl-")] = ends
+    return found
 
 
 async def until(fact: Callable[[], Any], seconds: float = 40.0) -> Any:

@@ -213,9 +213,10 @@ class Desktops:
             desktop.making.cancel()
             desktop.scheduling.cancel()
             await desktop.launched.wait()
-        async with anyio.create_task_group() as ending:
-            for instance_id in await self._instances_of(desktop_id, desktop):
-                ending.start_soon(self._end, instance_id)
+        ending = (self._end(instance_id) for instance_id in await self._instances_of(desktop_id, desktop))
+        for outcome in await asyncio.gather(*ending, return_exceptions=True):
+            if outcome is not None:
+                raise outcome
         if self.known.get(desktop_id) is desktop:
             self.known.pop(desktop_id, None)
 
