@@ -7,7 +7,7 @@ from typing import Any
 
 from ...settings import Settings
 from .cloud import Cloud
-from .findings import Finding
+from .findings import Finding, Verdict
 from .metadata import HostFacts
 from .reach import WORLD, Rule, Source, opening, reaches, revoking, rules_of
 
@@ -168,8 +168,8 @@ def _port(port: int, rules: Sequence[Rule], group: str, source: Source) -> Findi
             what, "unknown", f"{use}: open to {peers}; whether this host is of them cannot be told from here"
         )
     others = f"open to {peers}, and not to this host" if peers else "no rule opens it"
-    verdict = "warning" if port in WATCHING else "failed"
-    return Finding(what, verdict, f"{use}: {others}", opening(group, port, source))  # type: ignore[arg-type]
+    verdict: Verdict = "warning" if port in WATCHING else "failed"
+    return Finding(what, verdict, f"{use}: {others}", opening(group, port, source))
 
 
 def _world(rule: Rule) -> Finding:
