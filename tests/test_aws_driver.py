@@ -141,6 +141,20 @@ async def test_an_instance_that_ec2_does_not_know_of_yet_is_not_dead(aws: Faulty
         waiting.cancel()
 
 
+async def test_an_instance_that_ec2_knows_no_more_is_dead_after_a_while(
+    aws: FaultyAccount, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with driver_in(aws) as opened:
+        await opened.create(spec("a-1"), Report())
+        waiting = asyncio.create_task(opened.wait("a-1"))
+        aws.faults.hidden_s = 3600
+        await opened._opened._instances.fresh()
+        assert not waiting.done()
+        monkeypatch.setattr(instances, "LAG", 0.0)
+        async with asyncio.timeout(10):
+            assert "is gone" in (await waiting).reason
+
+
 async def test_an_instance_is_ended_also_before_ec2_knows_of_it(aws: FaultyAccount) -> None:
     aws.faults.hidden_s = 1.0
     aws.fail("ec2:TerminateInstances", "InvalidInstanceID.NotFound", "Not yet.")
@@ -257,14 +271,14 @@ async def test_with_the_ttl_off_no_schedule_is_asked_for(aws: FaultyAccount) -> 
 
 async def test_a_limit_refuses_the_launch_and_its_room_comes_back(aws: FaultyAccount) -> None:
     async with driver_in(aws, aws_max_instances=1) as opened:
-        assert opened.traits.make_before_break is True
+        assert opened.traits.make_before_break
         both = (opened.create(spec(name), Report()) for name in ("a-1", "a-2"))
         outcomes = await asyncio.gather(*both, return_exceptions=True)
         assert isinstance(outcomes[1], BudgetExhausted)
         assert aws.count("ec2:RunInstances") == 1
-        assert opened.traits.make_before_break is False
+        assert [opened.traits.keeps_old, opened.traits.make_before_break] == [False, False]
         await opened.destroy("a-1")
-        assert opened.traits.keeps_old
+        assert [opened.traits.keeps_old, opened.traits.make_before_break] == [True, True]
         await opened.create(spec("a-3"), Report())
 
 

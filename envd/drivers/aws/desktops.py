@@ -68,6 +68,12 @@ class Desktop:
     launched: asyncio.Event = field(default_factory=asyncio.Event)
     making: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     scheduling: anyio.CancelScope = field(default_factory=anyio.CancelScope)
+    narrator: asyncio.Task[None] | None = None
+
+    def hush(self) -> None:
+        """Its boot is told of no more."""
+        if self.narrator is not None:
+            self.narrator.cancel()
 
 
 class Desktops:
@@ -96,7 +102,6 @@ class Desktops:
         self._ttl = ttl
         self._instances = instances
         self._background = background
-        self._narrators: set[asyncio.Task[None]] = set()
         self.known: dict[str, Desktop] = {}
 
     @property
@@ -179,9 +184,8 @@ class Desktops:
         report.phase("running")
         address = await self._address(instance_id)
         report.progress(f"{instance_id} runs, at {address}")
-        narrator = self._background.create_task(narrate(self._cloud, instance_id, report))
-        self._narrators.add(narrator)
-        narrator.add_done_callback(self._narrators.discard)
+        desktop.hush()
+        desktop.narrator = self._background.create_task(narrate(self._cloud, instance_id, report))
         return Made(_endpoints(address))
 
     async def _address(self, instance_id: str) -> str:
@@ -200,8 +204,8 @@ class Desktops:
 
     def hush(self) -> None:
         """What is told of boots is told no more."""
-        for narrator in self._narrators:
-            narrator.cancel()
+        for desktop in self.known.values():
+            desktop.hush()
 
     # -- ending -------------------------------------------------------------------------------------------------
 
@@ -212,6 +216,7 @@ class Desktops:
         if desktop is not None:
             desktop.making.cancel()
             desktop.scheduling.cancel()
+            desktop.hush()
             await desktop.launched.wait()
         ending = (self._end(instance_id) for instance_id in await self._instances_of(desktop_id, desktop))
         for outcome in await asyncio.gather(*ending, return_exceptions=True):
@@ -289,6 +294,7 @@ class Desktops:
         new = Desktop(spec.id, instance_id, asked=old.asked, ends=old.ends)
         new.launched.set()
         old.renewed = True
+        old.hush()
         del self.known[old_id]
         self.known[spec.id] = new
         report.phase("replace-root")
@@ -332,6 +338,7 @@ class Desktops:
         desktop = self._existing(desktop_id)
         assert desktop.instance_id is not None
         desktop.parked = True
+        desktop.hush()
         await self._cloud.call("ec2", "stop_instances", within=CALL, InstanceIds=[desktop.instance_id])
         seen = await self._instances.until(desktop.instance_id, lambda seen: seen.state in ("stopped", "shutting-down"))
         if seen.state != "stopped":

@@ -1,7 +1,8 @@
 """What state the instances of one daemon are in: one question for all of them, asked again and again.
 
 What EC2 answers lags behind what it did, by seconds: an instance that was launched may not be there yet, one that was
-started may still be stopped. So what was launched is remembered, and is not gone because one answer leaves it out.
+started may still be stopped; and one answer may know less than the one before. So what was launched is remembered, and
+is not gone because an answer leaves it out.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ SLOWEST = 30.0
 CALL = 20.0
 """Seconds for one answer."""
 LAG = 120.0
-"""Seconds from a launch in which EC2 may not know of it yet."""
+"""Seconds for which answers may leave an instance out that exists: after its launch, and after any answer with it."""
 GONE = "gone"
 """State of an instance that EC2 knows no more: it tells of an ended one for about an hour."""
 ENDED = ("terminated", GONE)
@@ -74,7 +75,7 @@ class Instances:
         self._cloud = cloud
         self._filters = [{"Name": f"tag:{DAEMON}", "Values": [daemon_id]}]
         self._seen: dict[str, Seen] = {}
-        self._unseen_since: dict[str, float] = {}
+        self._absent_since: dict[str, float] = {}
         self._begun = self._done = 0
         self._waiting = 0
         self._refusal: CloudRefused | None = None
@@ -88,7 +89,7 @@ class Instances:
         """Know of an instance before EC2 tells of it."""
         if seen.id not in self._seen:
             self._seen[seen.id] = seen
-            self._unseen_since[seen.id] = time.monotonic()
+            self._absent_since[seen.id] = time.monotonic()
 
     def get(self, instance_id: str) -> Seen:
         return self._seen.get(instance_id) or Seen(instance_id, "", GONE)
@@ -146,12 +147,11 @@ class Instances:
         pages = await self._cloud.pages("ec2", "describe_instances", "Reservations", **asked)
         now = {told["InstanceId"]: Seen.of(told) for page in pages for told in page["Instances"]}
         for instance_id, seen in self._seen.items():
-            if instance_id in now:
-                self._unseen_since.pop(instance_id, None)
-            elif (since := self._unseen_since.get(instance_id)) is not None and asked_at < since + LAG:
+            if instance_id in now or seen.ended:
+                self._absent_since.pop(instance_id, None)
+            elif asked_at < self._absent_since.setdefault(instance_id, asked_at) + LAG:
                 now[instance_id] = seen
-            elif not seen.ended:
-                self._unseen_since.pop(instance_id, None)
+            else:
                 now[instance_id] = replace(seen, state=GONE)
         self._seen = now
         self._done = self._begun
