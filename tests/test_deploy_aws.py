@@ -20,8 +20,8 @@ from aws_cloud import KEYS, REGION, Account, account
 from aws_faults import FaultyAccount, faulty_account
 from aws_metadata import metadata
 from botocore import xform_name
-from cfnlint.api import lint_file  # type: ignore[import-untyped]  # it publishes no types
-from cfnlint.decode import decode  # type: ignore[import-untyped]
+from cfnlint.api import lint_file
+from cfnlint.decode import decode
 
 from envd.drivers.aws import AwsDriver
 from envd.drivers.aws.check import check
