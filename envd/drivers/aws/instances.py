@@ -99,26 +99,26 @@ class Instances:
 
         Raises CloudRefused for one that only a person can change, as of credentials that have expired.
         """
+        began = self._begun
         with self._asking(hurry):
             while True:
                 seen = self.get(instance_id)
                 if seen.ended or wanted(seen):
                     return seen
-                await self._next()
+                await self._next(began)
 
     async def fresh(self) -> None:
         """Return when all was seen by a question that was asked after this call. Raises as `until` does."""
+        began = self._begun
         with self._asking(hurry=True):
-            wanted = self._begun + 1
-            while self._done < wanted:
-                self._wanted.set()
-                await self._next()
+            while self._done <= began:
+                await self._next(began)
 
-    async def _next(self) -> None:
-        """Return after one answer more."""
-        if self._refusal is not None and not self._refusal.retryable:
-            raise self._refusal
+    async def _next(self, began: int) -> None:
+        """Return after one answer more. Raises what a question that came after the one of number `began` met."""
         await self._news.wait()
+        if self._refusal is not None and not self._refusal.retryable and self._begun > began:
+            raise self._refusal
 
     async def run(self) -> None:
         """Ask, for ever."""
@@ -133,7 +133,8 @@ class Instances:
                 self._refusal = refusal
                 pause = min(2 * pause or BUSY, SLOWEST)
                 self._tell()
-                await anyio.sleep(pause)
+                with anyio.move_on_after(pause):
+                    await self._wanted.wait()
             else:
                 self._refusal, pause = None, 0.0
                 self._tell()
