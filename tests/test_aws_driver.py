@@ -11,7 +11,7 @@ import pytest
 from aws_driving import Heard, driver_in, instances_of, spec
 from aws_faults import FaultyAccount, faulty_account, said
 
-from envd.drivers.aws import AwsDriver, boot, desktops, driver, instances, sweep
+from envd.drivers.aws import AwsDriver, boot, desktops, driver, instances, roots, sweep
 from envd.drivers.base import Report
 from envd.errors import (
     BootFailed,
@@ -44,7 +44,8 @@ def aws(account: FaultyAccount, monkeypatch: pytest.MonkeyPatch) -> FaultyAccoun
     monkeypatch.setattr(instances, "BUSY", 0.05)
     monkeypatch.setattr(instances, "IDLE", 0.1)
     monkeypatch.setattr(boot, "LOOKS", 0.1)
-    monkeypatch.setattr(desktops, "ROOT_LOOKS", 0.05)
+    monkeypatch.setattr(desktops, "LOOKS", 0.05)
+    monkeypatch.setattr(roots, "LOOKS", 0.05)
     monkeypatch.setattr(desktops, "AGAIN", 1.0)
     return account
 
@@ -403,6 +404,16 @@ async def test_a_renewed_one_is_not_ended_by_its_old_name_while_ec2_still_tells_
             await opened.renew("a-1", spec("a-2"), Report())
         await opened.destroy("a-1")
         assert len(await states(aws)) == 1
+        await opened.destroy("a-2")
+        assert await states(aws) == {}
+
+
+async def test_a_root_volume_that_cannot_be_replaced_fails_the_boot(aws: FaultyAccount) -> None:
+    async with driver_in(aws, aws_reset="replace-root") as opened:
+        await opened.create(spec("a-1"), Report())
+        aws.rewrite("ec2:CreateReplaceRootVolumeTask", lambda body: body.replace(b"in-progress", b"failed-detached"))
+        with pytest.raises(BootFailed, match=r"could not replace the root volume of i-.*: failed-detached"):
+            await opened.renew("a-1", spec("a-2"), Report())
         await opened.destroy("a-2")
         assert await states(aws) == {}
 

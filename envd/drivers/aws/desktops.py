@@ -27,6 +27,7 @@ from .instances import Instances, Seen
 from .launch import Image, launch
 from .place import Place
 from .refusals import early_end
+from .roots import replace_root
 from .ttl import Ttl
 
 logger = structlog.get_logger(__name__)
@@ -35,11 +36,12 @@ IDS = re.compile(r"[a-z0-9-]{1,48}")
 """What can have been made by us. In EC2's filters `*` and `?` stand for anything."""
 UNHEARD = 20.0
 """Seconds for which an instance is looked for whose launch was not answered."""
+LOOKS = 1.0
+"""Seconds between two looks for it."""
 AGAIN = 10.0
 """Seconds after which an instance that is not seen to end is told so again."""
 ADDRESS = 60.0
 """Seconds within which a running instance has its address."""
-ROOT_LOOKS = 1.0
 CALL = 30.0
 LEAVING = ("shutting-down", "stopping", "stopped")
 USED = ("pending", "running", "stopping", "stopped")
@@ -237,7 +239,7 @@ class Desktops:
                     mine.add(told["InstanceId"])
             if mine or time.monotonic() >= patience:
                 return mine
-            await anyio.sleep(ROOT_LOOKS)
+            await anyio.sleep(LOOKS)
 
     async def _tagged(self, desktop_id: str) -> list[dict[str, Any]]:
         filters = [{"Name": f"tag:{tags.DESKTOP}", "Values": [desktop_id]}, *tags.of_daemon(self._daemon_id)]
@@ -300,7 +302,7 @@ class Desktops:
         report.phase("replace-root")
         with new.making:
             await self._retag(instance_id, spec)
-            await self._replace_root(instance_id, spec, report)
+            await replace_root(self._cloud, instance_id, spec.id, report)
             return await self._running(new, report)
         raise BootFailed(f"The desktop {spec.id} was destroyed while it was made.")
 
@@ -308,31 +310,6 @@ class Desktops:
         told = {"Name": spec.id, tags.DESKTOP: spec.id, tags.JOB: spec.job_id}
         told[tags.ENV] = "" if spec.env is None else str(spec.env)
         await self._cloud.call("ec2", "create_tags", within=CALL, Resources=[instance_id], Tags=tags.as_list(told))
-
-    async def _replace_root(self, instance_id: str, spec: InstanceSpec, report: Report) -> None:
-        asked = {"InstanceId": instance_id, "ClientToken": spec.id, "DeleteReplacedRootVolume": True}
-        answer = await self._cloud.call("ec2", "create_replace_root_volume_task", within=CALL, **asked)
-        task = answer["ReplaceRootVolumeTask"]
-        told = ""
-        while (state := task["TaskState"]) != "succeeded":
-            if state.startswith("fail"):
-                raise BootFailed(f"EC2 could not replace the root volume of {instance_id}: {state}.")
-            if state != told:
-                report.progress(f"the root volume of {instance_id} is being replaced: {state}")
-            told = state
-            await anyio.sleep(ROOT_LOOKS)
-            task = await self._root_task(task)
-
-    async def _root_task(self, task: dict[str, Any]) -> dict[str, Any]:
-        """As it stands now; as it stood, while EC2 does not know of it yet or is asked too often."""
-        asked = {"ReplaceRootVolumeTaskIds": [task["ReplaceRootVolumeTaskId"]]}
-        try:
-            answer = await self._cloud.call("ec2", "describe_replace_root_volume_tasks", within=CALL, **asked)
-        except CloudRefused as refusal:
-            if not refusal.retryable:
-                raise
-            return task
-        return next(iter(answer["ReplaceRootVolumeTasks"]), task)
 
     async def park(self, desktop_id: str) -> None:
         desktop = self._existing(desktop_id)
