@@ -137,6 +137,31 @@ async def test_the_new_instance_is_launched_before_the_old_one_ends(aws: FaultyA
     assert heard[:3] == ["ec2:RunInstances", "ec2:RunInstances", "ec2:TerminateInstances"]
 
 
+async def test_a_reset_may_keep_the_instance_and_replace_its_disk(aws: FaultyAccount, tmp_path: Path) -> None:
+    env = environment_in(aws, ENVD_AWS_RESET="replace-root")
+    async with daemon(tmp_path / "state", prelude=QUICKLY.format(grace=120), env=env) as (served, http):
+        await played(http, served.url)
+        [first] = alive(aws)
+        await played(http, served.url)
+        assert (alive(aws), aws.faults.replaced[first]) == ([first], 1)
+        served.signal(SIGTERM)
+        await served.ended(60)
+    assert (alive(aws), schedules(aws), aws.count("ec2:RunInstances")) == ([], {}, 1)
+
+
+async def test_a_spare_sleeps_until_it_is_wanted(aws: FaultyAccount, tmp_path: Path) -> None:
+    env = environment_in(aws, ENVD_SPARES="1", ENVD_AWS_SPARES_STOPPED="1")
+    async with daemon(tmp_path / "state", prelude=QUICKLY.format(grace=120), env=env) as (served, http):
+        await until(lambda: [one["State"]["Name"] for one in instances_of(aws).values()].count("stopped") == 1)
+        [spare] = [name for name, one in instances_of(aws).items() if one["State"]["Name"] == "stopped"]
+        await played(http, served.url)
+        assert "ec2:StartInstances" in aws.calls
+        assert instances_of(aws)[spare]["State"]["Name"] == "running"
+        served.signal(SIGTERM)
+        await served.ended(60)
+    assert (alive(aws), schedules(aws)) == ([], {})
+
+
 @dataclass(frozen=True)
 class Point:
     """Where a daemon dies: while AWS holds its call of `action`, `before` or `after` doing it. `resets` ran before."""
