@@ -408,6 +408,26 @@ async def test_a_renewed_one_is_not_ended_by_its_old_name_while_ec2_still_tells_
         assert await states(aws) == {}
 
 
+async def test_a_sweep_spares_one_that_is_renewed_while_ec2_still_tells_of_its_old_tags(aws: FaultyAccount) -> None:
+    async with driver_in(aws, aws_reset="replace-root") as opened:
+        await opened.create(spec("a-1"), Report())
+        held = aws.hold("ec2:CreateTags", "before")
+        async with anyio.create_task_group() as tasks:
+            tasks.start_soon(opened.renew, "a-1", spec("a-2"), Report())
+            await held.reached()
+            assert await sweep.sweep(opened._cloud, "test", opened._opened, grace=0.0) == []
+            held.release()
+        assert await states(aws) == {"a-2": "running"}
+
+
+async def test_what_is_no_answer_of_aws_is_told_as_such(aws: FaultyAccount) -> None:
+    async with driver_in(aws) as opened:
+        with pytest.raises(CloudRefused, match="what is not its answer"):
+            await opened._cloud.call(
+                "iam", "simulate_principal_policy", PolicySourceArn=f"arn:aws:iam::{1:012}:user/x", ActionNames=["a:b"]
+            )
+
+
 async def test_a_root_volume_that_cannot_be_replaced_fails_the_boot(aws: FaultyAccount) -> None:
     async with driver_in(aws, aws_reset="replace-root") as opened:
         await opened.create(spec("a-1"), Report())

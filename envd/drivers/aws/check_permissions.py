@@ -13,8 +13,6 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from botocore.parsers import ResponseParserError
-
 from ...errors import CloudRefused, NotAuthorized
 from ...settings import Settings
 from . import tags
@@ -102,20 +100,17 @@ async def simulate(
     """
     if identity.is_root:
         return dict.fromkeys(actions, "allowed")
-    try:
-        answer = await cloud.call(
-            "iam",
-            "simulate_principal_policy",
-            PolicySourceArn=identity.principal,
-            ActionNames=list(actions),
-            ResourceArns=[resource],
-            ContextEntries=[
-                {"ContextKeyName": key, "ContextKeyValues": [value], "ContextKeyType": "string"}
-                for key, value in context.items()
-            ],
-        )
-    except ResponseParserError as error:
-        raise CloudRefused("iam:SimulatePrincipalPolicy was answered with what is not its answer.") from error
+    answer = await cloud.call(
+        "iam",
+        "simulate_principal_policy",
+        PolicySourceArn=identity.principal,
+        ActionNames=list(actions),
+        ResourceArns=[resource],
+        ContextEntries=[
+            {"ContextKeyName": key, "ContextKeyValues": [value], "ContextKeyType": "string"}
+            for key, value in context.items()
+        ],
+    )
     return {one["EvalActionName"]: one["EvalDecision"] for one in answer["EvaluationResults"]}
 
 

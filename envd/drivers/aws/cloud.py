@@ -13,8 +13,9 @@ import anyio
 import anyio.to_thread
 from aiobotocore.config import AioConfig
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+from botocore.parsers import ResponseParserError
 
-from ...errors import CloudUnreachable
+from ...errors import CloudRefused, CloudUnreachable
 from .refusals import explain
 
 Service = Literal["ec2", "scheduler", "iam", "sts", "service-quotas"]
@@ -51,6 +52,13 @@ class Cloud:
             raise CloudUnreachable(
                 f"{self.action(service, operation)} got no answer within {within:g} s.",
                 hint="See whether this host reaches AWS: a NAT gateway, a VPC endpoint, a proxy.",
+                action=self.action(service, operation),
+                endpoint=client.meta.endpoint_url,
+            ) from error
+        except ResponseParserError as error:
+            raise CloudRefused(
+                f"{self.action(service, operation)} was answered with what is not its answer.",
+                hint="See what answers at that address: something between this host and AWS may do so in its place.",
                 action=self.action(service, operation),
                 endpoint=client.meta.endpoint_url,
             ) from error

@@ -106,6 +106,11 @@ class Desktops:
         self._background = background
         self.known: dict[str, Desktop] = {}
 
+    def __contains__(self, one: object) -> bool:
+        """Whether a desktop's id, or an instance's, is of something that this process has. An instance that is renewed
+        is known by its own id while EC2 still tells of its old tags."""
+        return one in self.known or any(one == desktop.instance_id for desktop in self.known.values())
+
     @property
     def has_room(self) -> bool:
         return self._budget.has_room(self._types(), self._settings.aws_instance_type)
@@ -338,16 +343,24 @@ class Desktops:
         return desktop
 
     async def prolong(self, left: float) -> None:
-        """Put off the end of each that has less than `left` seconds."""
+        """Put off the end of each that has less than `left` seconds: all at once, since a scheduler that hangs for one
+        must not be the end of the others."""
+        due = [
+            desktop
+            for desktop in self.known.values()
+            if desktop.instance_id is not None and desktop.ends is not None and desktop.ends - time.time() < left
+        ]
+        await asyncio.gather(*(self._prolong(desktop) for desktop in due))
+
+    async def _prolong(self, desktop: Desktop) -> None:
         assert self._ttl is not None
-        for desktop in tuple(self.known.values()):
-            if desktop.instance_id is None or desktop.ends is None or desktop.ends - time.time() >= left:
-                continue
-            try:
-                desktop.ends = await self._ttl.prolong(desktop.instance_id)
-            except CloudRefused as refusal:
-                until = tags.in_utc(desktop.ends)
-                logger.warning("its end cannot be put off", desktop_id=desktop.id, until=until, error=str(refusal))
+        assert desktop.instance_id is not None
+        assert desktop.ends is not None
+        try:
+            desktop.ends = await self._ttl.prolong(desktop.instance_id)
+        except CloudRefused as refusal:
+            until = tags.in_utc(desktop.ends)
+            logger.warning("its end cannot be put off", desktop_id=desktop.id, until=until, error=str(refusal))
 
     async def list(self) -> frozenset[str]:
         pages = await self._cloud.pages(

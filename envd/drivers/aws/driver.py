@@ -179,7 +179,7 @@ class AwsDriver(Driver):
     async def _sweep(self, desktops: Desktops) -> None:
         while True:
             try:
-                for found in await sweep(self._cloud, self._daemon_id, desktops.known.keys()):
+                for found in await sweep(self._cloud, self._daemon_id, desktops):
                     logger.warning(
                         "ended an instance that nobody knew", instance_id=found.instance_id, desktop_id=found.desktop_id
                     )
