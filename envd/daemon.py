@@ -170,14 +170,8 @@ def announce(service: Service, url: str) -> None:
         state_dir=str(settings.state_dir),
         settings=chosen,
     )
-    if not _is_loopback(settings.host):
-        logger.warning(
-            "anyone who can reach this address can use the desktops: there is no access control yet", url=url
-        )
-
-
-def _is_loopback(host: str) -> bool:
-    return host.startswith("127.") or host in ("::1", "localhost")
+    if settings.insecure:
+        logger.warning("ENVD_INSECURE: whoever reaches this address can use the desktops", url=url)
 
 
 @contextmanager

@@ -3,8 +3,8 @@
     EnvdError
     ├── StartError            the daemon cannot start: bad settings, port taken, second daemon, missing package
     ├── RequestError          the caller must change something            fault: client
-    │   └── MalformedJson, InvalidRequest, BodyTooLarge, NotFound, MethodNotAllowed, UnknownEnv, UnknownJob,
-    │       NoEpisode, EpisodeOver, EnvBusy, JobCancelled, JobSuperseded, EvaluationCancelled
+    │   └── MalformedJson, InvalidRequest, BodyTooLarge, NotFound, MethodNotAllowed, Unauthorized, Forbidden,
+    │       MisdirectedRequest, TooManyRequests, UnknownEnv, UnknownJob, NoEpisode, EpisodeOver, EnvBusy, JobCancelled, JobSuperseded, EvaluationCancelled
     ├── CapacityError         nobody can be served just now               fault: capacity
     │   └── QueueFull, Draining, StillBooting, JobExpired, TooManyWatchers
     ├── InfraError            a machine or a library failed               fault: infra
@@ -169,6 +169,37 @@ class HttpVersionUnsupported(RequestError):
     code = "http_version_unsupported"
     title = "Streams are served over HTTP/1.1 only"
     status = 505
+
+
+class Unauthorized(RequestError):
+    code = "unauthorized"
+    title = "Who asks is not known here"
+    status = 401
+
+
+class Forbidden(RequestError):
+    """Facts: needed (the scope), where that is what is missing."""
+
+    code = "forbidden"
+    title = "Who asks may not do this"
+    status = 403
+
+
+class MisdirectedRequest(RequestError):
+    """The request was meant for another name: a page may have had its own name point here."""
+
+    code = "misdirected_request"
+    title = "This daemon is not known by that name"
+    status = 421
+
+
+class TooManyRequests(RequestError):
+    """Facts: limit, setting."""
+
+    code = "too_many_requests"
+    title = "This client asked too often"
+    status = 429
+    retryable = True
 
 
 class UnknownEnv(RequestError):

@@ -386,6 +386,15 @@ class ResetRequest(BaseModel):
     )
 
 
+class LinkRequest(BaseModel):
+    """Body of `POST /v1/links`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    path: str = Field(pattern=r"^/[!-~]*$", max_length=500, description="What is to be read, without a query.")
+    seconds: float = Field(default=300, gt=0, le=3600, description="How long the link is good.")
+
+
 class StepRequest(BaseModel):
     """Body of `POST /v1/envs/{env}/step`: exactly one of `prediction` (the model's text) and `actions` (pyautogui
     programs, or DONE, WAIT, FAIL)."""

@@ -4,6 +4,7 @@ daemon supervises."""
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -16,6 +17,7 @@ import anyio
 import anyio.to_thread
 import structlog
 
+from .access import Access, access_of
 from .actions.dialogue import DEFAULT_TEMPLATE, PromptTemplate
 from .boot.fleet import Fleet
 from .boot.queue import BootQueue, Reset
@@ -54,12 +56,14 @@ class Service:
         bundles: Bundles,
         evaluators: Evaluators,
         daemon_id: str,
+        access: Access,
     ) -> None:
         self.settings = settings
         self.driver = driver
         self.store = store
         self.events = events
         self.daemon_id = daemon_id
+        self.access = access
         self.fleet = Fleet(driver, settings, events, session, daemon_id)
         self.bundles = bundles
         self.envs = Envs(settings, self.fleet, events, load_template(settings), assets, bundles, session)
@@ -203,6 +207,7 @@ class Service:
 async def open_service(settings: Settings, daemon_id: str, driver: Driver | None = None) -> AsyncIterator[Service]:
     """A service with everything it needs open. Raises StartError when the provider cannot be used."""
     await anyio.to_thread.run_sync(refuse_unreadable, settings)
+    access = await anyio.to_thread.run_sync(access_of, settings, os.environ)
     store = MemoryStore()
     # The daemon itself bounds every call, and one desktop must not be able to use up all connections.
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
@@ -216,7 +221,8 @@ async def open_service(settings: Settings, daemon_id: str, driver: Driver | None
             Evaluators.open(settings, assets) as evaluators,
             driver or make_driver(settings, daemon_id) as opened,
         ):
-            yield Service(settings, opened, store, EventLog(store), session, assets, bundles, evaluators, daemon_id)
+            events = EventLog(store)
+            yield Service(settings, opened, store, events, session, assets, bundles, evaluators, daemon_id, access)
 
 
 def refuse_unreadable(settings: Settings) -> None:

@@ -19,6 +19,7 @@ from pydantic import (
     AliasChoices,
     BeforeValidator,
     Field,
+    SecretStr,
     ValidationError,
     field_validator,
     model_validator,
@@ -82,6 +83,20 @@ class Settings(BaseSettings):
     """Address to listen on."""
     port: int = Field(default=15001, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
+    token: SecretStr = SecretStr("")
+    """Whoever sends this may do everything. Clients read the same variable."""
+    token_file: UserPath | None = None
+    """More of them, one to a line: TOKEN, or NAME SCOPE TOKEN with the scope read, play or admin."""
+    allow: Words = ()
+    """Networks whose clients need no token, separated by commas."""
+    insecure: bool = False
+    """Let everybody who reaches the daemon use it."""
+    proxies: Words = ()
+    """Networks of proxies whose X-Forwarded-For is believed, separated by commas."""
+    hosts: Words = ()
+    """Names that the daemon is called by, beside localhost, this host's and addresses, separated by commas."""
+    request_rate: float = Field(default=200, ge=0, allow_inf_nan=False)
+    """Requests that one client may make in a second on average, and twice as many at once; 0 is no limit."""
     state_dir: UserPath = Path()
     """Where the daemon keeps what must outlive it. One daemon per directory."""
     envs: int = Field(default=1, ge=1, le=4096)

@@ -25,6 +25,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from PIL import Image
 
+from envd.access import Access
 from envd.boot import account, fleet, queue, spares
 from envd.boot.estimates import Estimates
 from envd.boot.queue import Reset
@@ -353,7 +354,7 @@ class QueueMachine(RuleBasedStateMachine):
         assets, evaluators = cast(Assets, SimpleNamespace(has_now=bool)), cast(Evaluators, SimpleNamespace(ocr=False))
         bundles = cast(Bundles, NoEvidence())
         self.service = Service(
-            chosen, self.driver, MemoryStore(), events, session, assets, bundles, evaluators, "model"
+            chosen, self.driver, MemoryStore(), events, session, assets, bundles, evaluators, "model", Access()
         )
         self.queue, self.fleet, self.envs = self.service.queue, self.service.fleet, self.service.envs
         started = asyncio.Event()

@@ -12,7 +12,7 @@ from starlette.routing import Route
 from .. import __version__
 from ..boot.queue import Reset
 from ..errors import InvalidRequest
-from ..models import Job, JobState, ResetRequest, StepRequest, Verdict
+from ..models import Job, JobState, LinkRequest, ResetRequest, StepRequest, Verdict
 from ..settings import effective
 from .bodies import env_of, hold, number_in_query, read_json, read_model, service_of
 from .sse import EventStream
@@ -166,10 +166,21 @@ async def livez(request: Request) -> Response:
     return JSONResponse({"live": True})
 
 
+async def link(request: Request) -> Response:
+    """A path below which a browser, which cannot send a token, may GET for a while what `path` is: a picture, a stream.
+    `seconds` is at most an hour."""
+    asked = await read_model(request, LinkRequest)
+    signature = service_of(request).access.link(asked.path, asked.seconds)
+    return JSONResponse({"path": f"{asked.path}?signature={signature}"}, 201, {"Cache-Control": "no-store"})
+
+
 async def readyz(request: Request) -> Response:
     """Whether a reset can be served now, and if not why."""
-    reasons = service_of(request).not_ready()
-    return JSONResponse({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
+    service = service_of(request)
+    reasons = service.not_ready()
+    insecure = ["ENVD_INSECURE: whoever reaches this address can use the desktops"] if service.settings.insecure else []
+    said = {"ready": not reasons, "reasons": reasons, "warnings": insecure}
+    return JSONResponse(said, 503 if reasons else 200)
 
 
 async def version(request: Request) -> Response:
@@ -207,6 +218,7 @@ routes = [
     Route("/v1/queue", queue),
     Route("/v1/prewarm", prewarm, methods=["POST"]),
     Route("/livez", livez),
+    Route("/v1/links", link, methods=["POST"]),
     Route("/readyz", readyz),
     Route("/version", version),
 ]

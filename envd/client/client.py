@@ -62,12 +62,14 @@ class Readiness(Model):
 
     ready: bool
     reasons: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 class Client:
     """One server, over one HTTP session. Use it as `async with Client() as client:`.
 
     url       default: the environment's ENVD_URL, else http://127.0.0.1:15001
+    token     sent with every request; default: the environment's ENVD_TOKEN. "" sends none
     timeout   seconds for each call that is given none of its own, its retries included; the default is what a server
               takes at most to find a verdict. Waiting for a job has no limit unless it is given one: a boot may take
               40 minutes
@@ -77,8 +79,10 @@ class Client:
     may have arrived (ServerUnreachable then says `outcome` "unknown").
     """
 
-    def __init__(self, url: str | None = None, *, timeout: float = 300.0, patience: float = 60.0) -> None:
-        self.http = Transport(url, patience=patience)
+    def __init__(
+        self, url: str | None = None, *, token: str | None = None, timeout: float = 300.0, patience: float = 60.0
+    ) -> None:
+        self.http = Transport(url, token=token, patience=patience)
         self._timeout = timeout
 
     @property

@@ -96,14 +96,16 @@ class Backoff:
 
 
 class Transport:
-    """`patience` is how many seconds a server that cannot be reached is tried again; one that never once answered is
+    """`token` is sent with every request; by default what ENVD_TOKEN has. `patience` is how many seconds a server that cannot be reached is tried again; one that never once answered is
     given up after 3 s at most, since it is probably not there at all.
 
     The session opens with the first request and belongs to the event loop of that moment.
     """
 
-    def __init__(self, url: str | None = None, *, patience: float = 60.0) -> None:
+    def __init__(self, url: str | None = None, *, token: str | None = None, patience: float = 60.0) -> None:
         self.url = _base(url or os.environ.get("ENVD_URL") or DEFAULT_URL)
+        token = os.environ.get("ENVD_TOKEN", "") if token is None else token
+        self._headers = {"User-Agent": "envd-client"} | ({"Authorization": f"Bearer {token}"} if token else {})
         self.patience = patience
         self._session: aiohttp.ClientSession | None = None
         self._reached = False
@@ -248,7 +250,7 @@ class Transport:
                 ),
                 timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
                 cookie_jar=aiohttp.DummyCookieJar(),
-                headers={"User-Agent": "envd-client"},
+                headers=self._headers,
             )
         return self._session
 

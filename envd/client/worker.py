@@ -78,6 +78,7 @@ class RemoteEnvWorker:
         step_timeout: float = 300.0,
         evaluate_timeout: float = 300.0,
         patience: float = 60.0,
+        token: str | None = None,
         max_steps: int | None = None,
         config: object = None,
     ) -> None:
@@ -89,7 +90,7 @@ class RemoteEnvWorker:
         self._reset_timeout = reset_timeout
         self._step_timeout = step_timeout
         self._evaluate_timeout = evaluate_timeout
-        self._client = Client(remote_server_url, patience=patience)
+        self._client = Client(remote_server_url, token=token, patience=patience)
         self._messages: list[Message] = []
         self._complete = True
         """Whether `_messages` is the whole history: the last answer of an episode may come without it."""

@@ -1,0 +1,270 @@
+"""Who may use this daemon, and for what: tokens with scopes, networks that need none, and links that end soon.
+
+    read    look: envs, jobs, events, pictures, verdicts, evidence
+    play    also change an env: reset, step, evaluate, cancel
+    admin   also change the daemon: drain, remove what others have
+
+Nothing here knows HTTP servers or routes; `app/gate.py` asks this of every request.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import hmac
+import ipaddress
+import re
+import secrets
+import socket
+import stat
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+
+from .errors import Forbidden, SettingsError, Unauthorized
+from .settings import Settings
+
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+CREDENTIAL = "envd-tokens"
+"""Name of the systemd credential that holds tokens."""
+SHORTEST = 16
+"""Characters that a token must have."""
+LONGEST_LINK = 3600.0
+"""Seconds."""
+_LINE = re.compile(r"(?:(?P<name>[\w.@-]{1,64})\s+(?P<scope>read|play|admin)\s+)?(?P<token>\S+)")
+
+
+class Scope(IntEnum):
+    """Each holds those before it."""
+
+    READ = 1
+    PLAY = 2
+    ADMIN = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    """`digest` is SHA-256 of it: itself is kept nowhere."""
+
+    name: str
+    scope: Scope
+    digest: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who makes a request. `name` is the token's, `link`, or the address of somebody who needs none; `how` is one of
+    token, link, network, open."""
+
+    name: str
+    scope: Scope
+    address: str
+    how: str
+
+    def require(self, wanted: Scope, what: str) -> None:
+        """Raises Forbidden."""
+        if self.scope < wanted:
+            raise Forbidden(
+                f"{what} needs the scope {wanted.name.lower()}; {self.name} has {self.scope.name.lower()}.",
+                hint="Use a token of that scope. Whoever runs the daemon gives them out (ENVD_TOKEN, ENVD_TOKEN_FILE).",
+                needed=wanted.name.lower(),
+            )
+
+
+@dataclass(frozen=True)
+class Access:
+    """The rules. Made by `access_of`.
+
+    tokens   who has one may what it says, from anywhere
+    allowed  addresses that need none, and may everything
+    proxies  whose X-Forwarded-For is believed
+    hosts    names that this daemon is called by, beside addresses and its own
+    open     nobody needs a token
+    key      what links are signed with; new with every start
+    """
+
+    tokens: tuple[Token, ...] = ()
+    allowed: tuple[Network, ...] = ()
+    proxies: tuple[Network, ...] = ()
+    hosts: frozenset[str] = frozenset()
+    open: bool = False
+    key: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
+
+    def caller(self, peer: str, authorization: str, forwarded: Sequence[str], link: str, path: str) -> Caller:
+        """Who makes the request. `link` is the signature in its query, if any. Raises Unauthorized."""
+        address = self.address_of(peer, forwarded)
+        if authorization:
+            return self._bearer(authorization, str(address))
+        if link:
+            self._check_link(link, path)
+            return Caller("link", Scope.READ, str(address), "link")
+        if self.open:
+            return Caller(str(address), Scope.ADMIN, str(address), "open")
+        if any(address in network for network in self.allowed):
+            return Caller(str(address), Scope.ADMIN, str(address), "network")
+        raise Unauthorized(
+            f"{address} must send a token.",
+            hint="Send `Authorization: Bearer TOKEN`; the clients take it from ENVD_TOKEN. For clients that cannot, "
+            "the daemon's ENVD_ALLOW names networks that need none.",
+        )
+
+    def address_of(self, peer: str, forwarded: Sequence[str]) -> Address:
+        """The caller's address: the last one in X-Forwarded-For that was not written by a proxy of ours."""
+        address = _address(peer)
+        hops = [hop.strip() for value in forwarded for hop in value.split(",")]
+        while hops and any(address in network for network in self.proxies):
+            try:
+                address = _address(hops.pop())
+            except ValueError as error:
+                raise Unauthorized("X-Forwarded-For holds something that is no address.") from error
+        return address
+
+    def _bearer(self, authorization: str, address: str) -> Caller:
+        kind, _, given = authorization.partition(" ")
+        digest = hashlib.sha256(given.strip().encode()).digest()
+        found: Token | None = None
+        for token in self.tokens:  # all of them, so that the time tells nothing
+            if hmac.compare_digest(token.digest, digest):
+                found = token
+        if kind.lower() != "bearer" or found is None:
+            raise Unauthorized("That token is not known here.", hint="See the daemon's ENVD_TOKEN or ENVD_TOKEN_FILE.")
+        return Caller(found.name, found.scope, address, "token")
+
+    # -- links --------------------------------------------------------------------------------------------------
+
+    def link(self, path: str, seconds: float, now: float | None = None) -> str:
+        """A signature, for the query, with which anybody may GET `path` for so many seconds, an hour at most."""
+        ends = int((time.time() if now is None else now) + min(seconds, LONGEST_LINK))
+        return f"{ends}.{self._signature(path, ends)}"
+
+    def _check_link(self, link: str, path: str) -> None:
+        ends, _, signature = link.partition(".")
+        if not re.fullmatch(r"[0-9]{1,12}", ends) or not hmac.compare_digest(
+            signature.encode(), self._signature(path, int(ends)).encode()
+        ):
+            raise Unauthorized("The link's signature is not right.", hint="Ask for a new link.")
+        if int(ends) < time.time():
+            raise Unauthorized("The link has ended.", hint="Ask for a new link.")
+
+    def _signature(self, path: str, ends: int) -> str:
+        signed = hmac.digest(self.key, f"{ends} {path}".encode(), "sha256")
+        return base64.urlsafe_b64encode(signed).decode().rstrip("=")
+
+    # -- names --------------------------------------------------------------------------------------------------
+
+    def knows_host(self, host: str) -> bool:
+        """Whether a request for this Host is meant for us. A page whose name was made to point here has another."""
+        name = host.rsplit("@", 1)[-1]
+        name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
+        name = name.rstrip(".").lower()
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return name in self.hosts
+        return True
+
+
+def access_of(settings: Settings, environ: Mapping[str, str]) -> Access:
+    """The rules that the settings and the credentials of the service give. Blocks. Raises SettingsError: also where
+    others could use the daemon and nothing was said about who may."""
+    tokens = (
+        *(
+            (_token("ENVD_TOKEN", given, "admin", "ENVD_TOKEN"),)
+            if (given := settings.token.get_secret_value())
+            else ()
+        ),
+        *(_tokens_in(settings.token_file) if settings.token_file else ()),
+        *_credentials(environ),
+    )
+    allowed = tuple(_networks(settings.allow, "ENVD_ALLOW"))
+    local = is_loopback(settings.host)
+    if not local and not (tokens or allowed or settings.insecure):
+        raise SettingsError(
+            f"ENVD_HOST={settings.host} lets others reach this daemon, and everybody who can may run programs on its "
+            "desktops.",
+            hint="Set ENVD_TOKEN (openssl rand -hex 32) and give it to your clients, or ENVD_ALLOW=10.0.0.0/8 for "
+            "clients that cannot send one, or ENVD_INSECURE=1.",
+        )
+    return Access(
+        tokens=tokens,
+        allowed=allowed,
+        proxies=tuple(_networks(settings.proxies, "ENVD_PROXIES")),
+        hosts=_names(settings),
+        open=settings.insecure or (local and not tokens and not allowed),
+    )
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _names(settings: Settings) -> frozenset[str]:
+    own = socket.gethostname()
+    return frozenset(name.lower() for name in ("localhost", own, own.partition(".")[0], settings.host, *settings.hosts))
+
+
+def _networks(words: Sequence[str], setting: str) -> list[Network]:
+    found = []
+    for word in words:
+        try:
+            found.append(ipaddress.ip_network(word))
+        except ValueError as error:
+            raise SettingsError(f"{setting}={word}: {error}.", hint="Such as 10.100.4.0/24 or 10.100.4.17.") from error
+    return found
+
+
+def _credentials(environ: Mapping[str, str]) -> tuple[Token, ...]:
+    directory = environ.get("CREDENTIALS_DIRECTORY")
+    path = Path(directory, CREDENTIAL) if directory else None
+    return _tokens_in(path) if path is not None and path.exists() else ()
+
+
+def _tokens_in(path: Path) -> tuple[Token, ...]:
+    """One to a line: `TOKEN`, or `NAME SCOPE TOKEN`; # begins a comment. Raises SettingsError."""
+    try:
+        status = path.stat()
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"The tokens in {path} cannot be read: {error}.") from error
+    if status.st_mode & stat.S_IROTH:
+        raise SettingsError(f"Everybody on this host can read the tokens in {path}.", hint=f"chmod 600 {path}")
+    found = []
+    for number, line in enumerate(lines, start=1):
+        words = line.partition("#")[0].strip()
+        if not words:
+            continue
+        where = f"{path} line {number}"
+        match = _LINE.fullmatch(words)
+        if match is None:
+            raise SettingsError(
+                f"{where} is neither `TOKEN` nor `NAME SCOPE TOKEN`.", hint="Scopes: read, play, admin."
+            )
+        found.append(_token(match["name"] or f"{path.name}:{number}", match["token"], match["scope"] or "admin", where))
+    if not found:
+        raise SettingsError(f"There is no token in {path}.")
+    return tuple(found)
+
+
+def _token(name: str, token: str, scope: str, where: str) -> Token:
+    """Raises SettingsError, which never holds the token."""
+    if len(token) < SHORTEST or not token.isascii() or not token.isprintable():
+        raise SettingsError(
+            f"{where}: a token has at least {SHORTEST} ASCII characters, without blanks.", hint="openssl rand -hex 32"
+        )
+    return Token(name, Scope[scope.upper()], hashlib.sha256(token.encode()).digest())
+
+
+def _address(text: str) -> Address:
+    """Raises ValueError."""
+    address = ipaddress.ip_address(text.partition("%")[0])
+    mapped = getattr(address, "ipv4_mapped", None)
+    return mapped or address

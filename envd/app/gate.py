@@ -1,0 +1,153 @@
+"""The gate that every request passes: meant for us, from somebody known, who may do this, and not too often."""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from urllib.parse import parse_qs, urlsplit
+
+import structlog
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Message, Receive, Send
+from starlette.types import Scope as AsgiScope
+
+from ..access import Access, Caller, Scope
+from ..errors import EnvdError, Forbidden, MisdirectedRequest, TooManyRequests
+from .problems import problem_response
+
+audit = structlog.get_logger("envd.audit")
+
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})
+"""For load balancers, which have no tokens; they tell nothing that anybody could use."""
+ADMIN_PATHS = frozenset({"/v1/drain"})
+READING_PATHS = frozenset({"/v1/links"})
+"""Whose POST changes nothing."""
+SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+LINK = "signature"
+"""Of a link, in its query."""
+CLIENTS = 10_000
+"""Clients whose rate is remembered."""
+
+
+class Gate:
+    """Inside of `Boundary`. Puts the `Caller` into the request's state as `caller`."""
+
+    def __init__(self, app: ASGIApp, access: Access, rate: float) -> None:
+        self._app = app
+        self._access = access
+        self._rates = Rates(rate)
+
+    async def __call__(self, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        if scope["type"] not in ("http", "websocket"):
+            await self._app(scope, receive, send)
+            return
+        try:
+            caller = self._admit(scope)
+        except EnvdError as error:
+            if scope["type"] == "websocket":
+                await send({"type": "websocket.close", "code": 1008, "reason": error.detail[:120]})
+                return
+            headers = {"WWW-Authenticate": 'Bearer realm="envd"'} if error.status == 401 else {}
+            await problem_response(error, scope["path"], headers)(scope, receive, send)
+            return
+        scope.setdefault("state", {})["caller"] = caller
+        if scope["type"] == "websocket" or scope["method"] in SAFE:
+            await self._app(scope, receive, send)
+        else:
+            await self._audited(caller, scope, receive, send)
+
+    def _admit(self, scope: AsgiScope) -> Caller | None:
+        """Raises MisdirectedRequest, Unauthorized, Forbidden, TooManyRequests."""
+        path, method, headers = scope["path"], scope.get("method", "GET"), Headers(scope=scope)
+        if path in OPEN_PATHS and method in SAFE:
+            return None
+        query = parse_qs(scope["query_string"].decode("ascii", "replace"))
+        link = query.get(LINK, [""])[-1] if method in SAFE else ""
+        peer = (scope.get("client") or ("127.0.0.1", 0))[0]
+        forwarded = headers.getlist("x-forwarded-for")
+        caller = self._access.caller(peer, headers.get("authorization", ""), forwarded, link, path)
+        host = headers.get("host", "")
+        if caller.how in ("open", "network"):
+            # With a token no page can come by, whatever it has its name point to.
+            self._refuse_other_names(host)
+        if method not in SAFE or scope["type"] == "websocket":
+            _refuse_other_sites(headers, host)
+        self._rates.require(caller.name)
+        caller.require(_needed(method, path), f"{method} {path[:100]}")
+        return caller
+
+    def _refuse_other_names(self, host: str) -> None:
+        if not self._access.knows_host(host):
+            raise MisdirectedRequest(
+                f"The request is for {host[:100]!r}, and this daemon is not known by that name.",
+                hint="Use its address, send a token, or have the daemon's ENVD_HOSTS name it.",
+            )
+
+    async def _audited(self, caller: Caller | None, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        """Who changed what, and whether they could."""
+        status = 0
+
+        async def send_and_see(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_and_see)
+        finally:
+            audit.info(
+                "audit",
+                caller=caller.name if caller else "",
+                how=caller.how if caller else "",
+                address=caller.address if caller else "",
+                method=scope["method"],
+                path=scope["raw_path"].decode("ascii", "replace"),
+                status=status,
+            )
+
+
+class Rates:
+    """So many requests a second of each client, and twice as many at once (a token bucket)."""
+
+    def __init__(self, rate: float) -> None:
+        self._rate = rate
+        self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
+        """Client → requests that it may make now, and when that was."""
+
+    def require(self, client: str) -> None:
+        """Raises TooManyRequests."""
+        if not self._rate:
+            return
+        now = time.monotonic()
+        left, then = self._left.pop(client, (2 * self._rate, now))
+        left = min(2 * self._rate, left + (now - then) * self._rate)
+        self._left[client] = max(left - 1, 0.0) if left >= 1 else left, now
+        while len(self._left) > CLIENTS:
+            self._left.popitem(last=False)
+        if left < 1:
+            raise TooManyRequests(
+                f"{client} made more than {self._rate:g} requests a second.",
+                hint="Wait for a job on its stream of events instead of asking again and again.",
+                retry_after=max(1.0, (1 - left) / self._rate),
+                limit=self._rate,
+                setting="ENVD_REQUEST_RATE",
+            )
+
+
+def _needed(method: str, path: str) -> Scope:
+    if method in SAFE or path in READING_PATHS:
+        return Scope.READ
+    return Scope.ADMIN if path in ADMIN_PATHS else Scope.PLAY
+
+
+def _refuse_other_sites(headers: Headers, host: str) -> None:
+    """A page of another site can make a browser send what needs no permission to be sent; its answer it cannot read,
+    and the harm is done by then. Raises Forbidden."""
+    origin = headers.get("origin", "")
+    foreign = origin and urlsplit(origin).netloc.lower() != host.lower()
+    if foreign or headers.get("sec-fetch-site", "") in ("cross-site", "same-site"):
+        raise Forbidden(
+            f"The request comes from a page of {origin[:100] or 'another site'}.",
+            hint="Send it from a program instead.",
+        )
