@@ -33,6 +33,7 @@ from .app import create_app
 from .errors import AddressInUse, SettingsError, StateDirLocked
 from .service import Service, open_service
 from .settings import Settings, effective
+from .systemd import Notifier
 
 logger = structlog.get_logger(__name__)
 
@@ -60,14 +61,18 @@ async def serve(settings: Settings) -> None:
 async def _supervise(service: Service, listener: socket.socket) -> None:
     stop, started, closing = asyncio.Event(), asyncio.Event(), asyncio.Event()
     _hear_signals(stop)
+    manager = Notifier(os.environ)
+    fed = asyncio.create_task(manager.feed(lambda: not started.is_set() or service.queue.pulse.alive), name="watchdog")
     core = asyncio.create_task(service.run(started.set), name="boot queue")
     halves = [core]
     port = listener.getsockname()[1]
     try:
         if await _first(started, stop, halves) is started:
             halves.append(_serve_http(service, listener, closing))
+            manager.tell(READY="1", STATUS=f"serving {len(service.envs)} envs on port {port}")
             await _first(stop, stop, halves)
         logger.info("shutting down")
+        manager.tell(STOPPING="1", STATUS="shutting down")
         await service.drain()
     finally:
         # Also when a half died: nothing that is open may hold the other one up.
@@ -75,9 +80,10 @@ async def _supervise(service: Service, listener: socket.socket) -> None:
         service.events.close()
         closing.set()
         core.cancel()
+        fed.cancel()
         await asyncio.wait(halves, timeout=HANG_UP)
         hang_up({port})
-        await asyncio.wait(halves)
+        await asyncio.wait([*halves, fed])
     for half in halves:
         if not half.cancelled():
             half.result()

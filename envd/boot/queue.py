@@ -62,6 +62,7 @@ from ..models import (
 )
 from ..settings import Settings
 from ..store import Store
+from ..systemd import Pulse
 from ..tasks.task import NO_TASK, Task
 from .estimates import Estimates
 from .fleet import RESET, Fleet, is_cancelled
@@ -70,6 +71,8 @@ from .spares import Spares
 logger = structlog.get_logger(__name__)
 
 
+BEAT = 5.0
+"""Seconds between two signs of life of a consumer that has nothing to do."""
 TOLD = 300
 """Characters of a set-up step's detail that a job carries: every event about the job carries it too."""
 
@@ -256,6 +259,7 @@ class BootQueue:
         self._wake = anyio.Event()
         self._tasks: TaskGroup | None = None
         self._closed = False
+        self.pulse = Pulse(6 * BEAT)
         self.estimates = Estimates(settings.state_dir / "boots.json", fleet.driver.image)
         self._spares = Spares(settings.spares, fleet, self, events)
         fleet.on_spares = self._stir
@@ -447,9 +451,11 @@ class BootQueue:
             self._tasks.start_soon(self._spares.run)
             started.set()
             while True:
+                self.pulse.beat()
                 while (ticket := self._next_eligible()) and self._serve(ticket, self._tasks):
                     self._renumber()
-                await self._wake.wait()
+                with anyio.move_on_after(BEAT):
+                    await self._wake.wait()
 
     def _serve(self, ticket: _Ticket, tasks: TaskGroup) -> bool:
         """Begin what the job wants, if that can be done now."""
