@@ -157,7 +157,10 @@ class Access:
     # -- names --------------------------------------------------------------------------------------------------
 
     def knows_host(self, host: str) -> bool:
-        """Whether a request for this Host is meant for us. A page whose name was made to point here has another."""
+        """Whether a request for this Host is meant for us. A page whose name was made to point here has another; what
+        names nobody is no browser's."""
+        if not host:
+            return True
         name = host.rsplit("@", 1)[-1]
         name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
         name = name.rstrip(".").lower()

@@ -4,7 +4,8 @@
     ├── StartError            the daemon cannot start: bad settings, port taken, second daemon, missing package
     ├── RequestError          the caller must change something            fault: client
     │   └── MalformedJson, InvalidRequest, BodyTooLarge, NotFound, MethodNotAllowed, Unauthorized, Forbidden,
-    │       MisdirectedRequest, TooManyRequests, UnknownEnv, UnknownJob, NoEpisode, EpisodeOver, EnvBusy, JobCancelled, JobSuperseded, EvaluationCancelled
+    │       MisdirectedRequest, TooManyRequests, UnknownEnv, UnknownJob, NoEpisode, EpisodeOver, EnvBusy, JobCancelled,
+    │       JobSuperseded, EvaluationCancelled
     ├── CapacityError         nobody can be served just now               fault: capacity
     │   └── QueueFull, Draining, StillBooting, JobExpired, TooManyWatchers
     ├── InfraError            a machine or a library failed               fault: infra

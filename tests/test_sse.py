@@ -234,7 +234,7 @@ async def test_http_2_is_refused_since_it_has_no_backpressure() -> None:
     """Asked for by an upgrade of a plain connection, which hypercorn grants to anybody."""
     async with serving() as served, raw_connection(served.address) as (reader, writer):
         writer.write(
-            b"GET /v1/events HTTP/1.1\r\nHost: x\r\nConnection: Upgrade, HTTP2-Settings\r\n"
+            b"GET /v1/events HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade, HTTP2-Settings\r\n"
             b"Upgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAAP__\r\n\r\n"
         )
         async with asyncio.timeout(5):
@@ -259,7 +259,7 @@ async def test_no_more_streams_than_allowed() -> None:
 async def test_a_watcher_that_vanishes_is_noticed() -> None:
     async with serving() as served:
         async with raw_connection(served.address) as (reader, writer):
-            writer.write(b"GET /v1/events HTTP/1.1\r\nHost: x\r\n\r\n")
+            writer.write(b"GET /v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
             await reader.readuntil(b"event: snapshot")
             assert served.service.streams == 1
             writer.transport.abort()
@@ -289,7 +289,7 @@ async def test_a_reader_that_never_reads_holds_nobody_up() -> None:
         served.stream("/v1/events") as good,
     ):
         writer.transport.pause_reading()  # type: ignore[attr-defined]  # it is a read transport
-        writer.write(b"GET /v1/events HTTP/1.1\r\nHost: x\r\n\r\n")
+        writer.write(b"GET /v1/events HTTP/1.1\r\nHost: localhost\r\n\r\n")
         await good.next()
         await eventually(lambda: served.service.streams == 2)
         slowest = 0.0
@@ -311,7 +311,7 @@ async def test_a_reader_that_fell_behind_is_let_go_and_told_of_the_gap_when_it_r
     async with serving() as served:
         async with raw_connection(served.address, receive_buffer=4096) as (reader, writer):
             writer.transport.pause_reading()  # type: ignore[attr-defined]  # it is a read transport
-            writer.write(b"GET /v1/events HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            writer.write(b"GET /v1/events HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
             await eventually(lambda: served.service.streams == 1)
             for _ in range(100):
                 for _ in range(100):

@@ -134,6 +134,6 @@ def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
 
 @systemd
 def test_the_unit_exposes_little() -> None:
-    command = ["systemd-analyze", "security", "--offline=true", f"--threshold={EXPOSURE}", UNIT]
+    command = ["systemd-analyze", "security", "--offline=true", f"--threshold={EXPOSURE}", str(UNIT)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stdout[-300:]

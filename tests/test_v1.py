@@ -249,7 +249,7 @@ async def test_a_long_poll_whose_client_left_is_not_kept() -> None:
         idle = len(asyncio.all_tasks())
         async with raw_connection(served.address) as (_, writer):
             path = f"/v1/jobs/{job['id']}?after={job['version']}&wait=60"
-            writer.write(f"GET {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n".encode())
+            writer.write(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
             await eventually(lambda: len(asyncio.all_tasks()) > idle + 2)
         await eventually(lambda: len(asyncio.all_tasks()) <= idle)
 
@@ -553,7 +553,7 @@ async def test_envs_are_independent() -> None:
 async def test_livez_readyz_and_version() -> None:
     async with serving() as served:
         assert await served.get("/livez") == (200, {"live": True})
-        assert await served.get("/readyz") == (200, {"ready": True, "reasons": []})
+        assert await served.get("/readyz") == (200, {"ready": True, "reasons": [], "warnings": []})
         _, version = await served.get("/version")
         assert (version["provider"], version["daemon_id"]) == ("sim", "test01")
         assert version["epoch"] == served.service.events.epoch
@@ -562,7 +562,9 @@ async def test_livez_readyz_and_version() -> None:
         assert version["client_timeouts_s"] == {"reset": 1200, "step": 300, "evaluate": 300}
         await served.service.drain()
         assert (await served.get("/livez"))[0] == 200
-        assert await served.get("/readyz") == (503, {"ready": False, "reasons": ["the daemon is shutting down"]})
+        assert await served.get("/readyz") == (
+            *(503, {"ready": False, "reasons": ["the daemon is shutting down"], "warnings": []}),
+        )
 
 
 async def test_nothing_new_is_begun_while_the_daemon_drains() -> None:

@@ -96,7 +96,9 @@ class Backoff:
 
 
 class Transport:
-    """`token` is sent with every request; by default what ENVD_TOKEN has. `patience` is how many seconds a server that cannot be reached is tried again; one that never once answered is
+    """`token` is sent with every request; by default what ENVD_TOKEN has.
+
+    `patience` is how many seconds a server that cannot be reached is tried again; one that never once answered is
     given up after 3 s at most, since it is probably not there at all.
 
     The session opens with the first request and belongs to the event loop of that moment.
