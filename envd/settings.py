@@ -95,7 +95,7 @@ class Settings(BaseSettings):
     """Networks of proxies whose X-Forwarded-For is believed, separated by commas."""
     hosts: Words = ()
     """Names that the daemon is called by, beside localhost, this host's and addresses, separated by commas."""
-    request_rate: float = Field(default=200, ge=0, allow_inf_nan=False)
+    request_rate: float = Field(default=500, ge=0, allow_inf_nan=False)
     """Requests that one client may make in a second on average, and twice as many at once; 0 is no limit."""
     state_dir: UserPath = Path()
     """Where the daemon keeps what must outlive it. One daemon per directory."""
