@@ -100,7 +100,7 @@ async def test_a_signal_ends_everything_within_five_seconds(
 async def test_half_a_request_does_not_hold_up_the_end(tmp_path: Path, python: Path) -> None:
     async with daemon(tmp_path / "state", python=python) as (process, _):
         heads = [await connect(process, b"GET /health HTTP/1.1\r\nHos") for _ in range(5)]
-        body = b"POST /v1/envs/0/reset HTTP/1.1\r\nHost: a\r\nContent-Length: 100\r\nExpect: 100-continue\r\n\r\n"
+        body = b"POST /v1/envs/0/reset HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\nExpect: 100-continue\r\n\r\n"
         bodies = [await connect(process, body) for _ in range(5)]
         for reader, _ in bodies:
             assert b" 100 " in await reader.readuntil(b"\r\n\r\n")  # its handler waits for the rest
@@ -292,12 +292,12 @@ GARBAGE = {
     "TLS": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + bytes(range(256)), b"400"),
     "endless head": (b"GET /livez HTTP/1.1\r\n" + b"X: y\r\n" * 20_000, b"431"),
     "no host": (b"GET /livez HTTP/1.1\r\n\r\n", b"400"),
-    "negative length": (b"POST /env/reset HTTP/1.1\r\nHost: a\r\nContent-Length: -1\r\n\r\n", b"400"),
-    "no chunk": (b"POST /env/reset HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"400"),
-    "no path": (b"GET /\xff\xfe HTTP/1.1\r\nHost: a\r\n\r\n", b"400"),
-    "method": (b"TRACE /v1/events HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", b"405"),
+    "negative length": (b"POST /env/reset HTTP/1.1\r\nHost: localhost\r\nContent-Length: -1\r\n\r\n", b"400"),
+    "no chunk": (b"POST /env/reset HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", b"400"),
+    "no path": (b"GET /\xff\xfe HTTP/1.1\r\nHost: localhost\r\n\r\n", b"400"),
+    "method": (b"TRACE /v1/events HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n", b"405"),
     "websocket": (
-        b"GET /v1/events HTTP/1.1\r\nHost: a\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
+        b"GET /v1/events HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n"
         b"Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n",
         b"403",
     ),
@@ -321,7 +321,7 @@ async def test_a_stream_over_http2_is_refused(tmp_path: Path) -> None:
     async with daemon(tmp_path / "state") as (process, _):
         http2 = H2Connection()
         http2.initiate_connection()
-        asked = [(":method", "GET"), (":path", "/v1/events"), (":scheme", "http"), (":authority", "a")]
+        asked = [(":method", "GET"), (":path", "/v1/events"), (":scheme", "http"), (":authority", "localhost")]
         http2.send_headers(1, asked, end_stream=True)
         reader, writer = await connect(process, http2.data_to_send())
         events: list[Any] = []
