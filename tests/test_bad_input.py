@@ -175,15 +175,20 @@ async def test_a_body_without_end_is_not_read_for_ever(monkeypatch: pytest.Monke
     "request_bytes",
     [
         pytest.param(b"GET /health HTTP/1.1\r\n\r\n", id="no host"),
-        pytest.param(b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 100_000 + b"\r\n\r\n", id="endless header"),
+        pytest.param(
+            b"GET /health HTTP/1.1\r\nHost: localhost\r\nX: " + b"a" * 100_000 + b"\r\n\r\n", id="endless header"
+        ),
         pytest.param(b"GET /health HTTP/1.1\r\nHost: localhost\r\nBad Header: 1\r\n\r\n", id="blank in a name"),
         pytest.param(b"\x16\x03\x01\x02\x00\x01\x00\r\n\r\n", id="TLS"),
         pytest.param(b"GET /\xff HTTP/1.1\r\nHost: localhost\r\n\r\n", id="raw bytes in the path"),
         pytest.param(b"POST /env/step HTTP/1.1\r\nHost: localhost\r\nContent-Length: -5\r\n\r\n", id="negative length"),
         pytest.param(
-            b"POST /env/step HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}", id="two lengths"
+            b"POST /env/step HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1\r\nContent-Length: 2\r\n\r\n{}",
+            id="two lengths",
         ),
-        pytest.param(b"POST /env/step HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", id="no chunk"),
+        pytest.param(
+            b"POST /env/step HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\n", id="no chunk"
+        ),
     ],
 )
 async def test_what_is_not_http_is_refused_and_the_connection_closes(request_bytes: bytes) -> None:
@@ -218,7 +223,9 @@ async def test_a_client_that_leaves_in_the_middle_of_its_body_changes_nothing() 
     async with serving() as served:
         before = await state(served)
         async with raw_connection(served.address) as (_, writer):
-            writer.write(b'POST /env/reset HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"task_config": {}}')
+            writer.write(
+                b'POST /env/reset HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\n\r\n{"task_config": {}}'
+            )
             await writer.drain()
         assert (await served.get("/livez"))[0] == 200
         assert await state(served) == before

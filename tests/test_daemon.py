@@ -100,7 +100,9 @@ async def test_a_signal_ends_everything_within_five_seconds(
 async def test_half_a_request_does_not_hold_up_the_end(tmp_path: Path, python: Path) -> None:
     async with daemon(tmp_path / "state", python=python) as (process, _):
         heads = [await connect(process, b"GET /health HTTP/1.1\r\nHos") for _ in range(5)]
-        body = b"POST /v1/envs/0/reset HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\nExpect: 100-continue\r\n\r\n"
+        body = (
+            b"POST /v1/envs/0/reset HTTP/1.1\r\nHost: localhost\r\nContent-Length: 100\r\nExpect: 100-continue\r\n\r\n"
+        )
         bodies = [await connect(process, body) for _ in range(5)]
         for reader, _ in bodies:
             assert b" 100 " in await reader.readuntil(b"\r\n\r\n")  # its handler waits for the rest
