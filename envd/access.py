@@ -1,5 +1,9 @@
 """Who may use this daemon, and for what: tokens with scopes, networks that need none, and links that end soon.
 
+Where there is no token, whoever calls from this host's loopback may do everything. That is asked of the caller, and not
+of the address that is listened on: another server may have bound this app elsewhere, and a proxy on this host brings
+others along.
+
     read    look: envs, jobs, events, pictures, verdicts, evidence
     play    also change an env: reset, step, evaluate, cancel
     admin   also change the daemon: drain, remove what others have
@@ -13,6 +17,7 @@ import base64
 import hashlib
 import hmac
 import ipaddress
+import math
 import re
 import secrets
 import socket
@@ -35,6 +40,8 @@ SHORTEST = 16
 """Characters that a token must have."""
 LONGEST_LINK = 3600.0
 """Seconds."""
+OURS_ALONE = (".internal", ".local", ".localhost")
+"""Ends of names that nobody on the internet can have point here (RFC 6761, RFC 6762; .internal by ICANN)."""
 _LINE = re.compile(r"(?:(?P<name>[\w.@-]{1,64})\s+(?P<scope>read|play|admin)\s+)?(?P<token>\S+)")
 
 
@@ -58,12 +65,13 @@ class Token:
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who makes a request. `name` is the token's, `link`, or the address of somebody who needs none; `how` is one of
-    token, link, network, open."""
+    token, link, network, open. `until` is when a link ends, in Unix seconds."""
 
     name: str
     scope: Scope
     address: str
     how: str
+    until: float | None = None
 
     def require(self, wanted: Scope, what: str) -> None:
         """Raises Forbidden."""
@@ -84,6 +92,7 @@ class Access:
     proxies  whose X-Forwarded-For is believed
     hosts    names that this daemon is called by, beside addresses and its own
     open     nobody needs a token
+    local    nobody on this host needs one
     key      what links are signed with; new with every start
     """
 
@@ -92,34 +101,39 @@ class Access:
     proxies: tuple[Network, ...] = ()
     hosts: frozenset[str] = frozenset()
     open: bool = False
+    local: bool = False
     key: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
 
     def caller(self, peer: str, authorization: str, forwarded: Sequence[str], link: str, path: str) -> Caller:
         """Who makes the request. `link` is the signature in its query, if any. Raises Unauthorized."""
-        address = self.address_of(peer, forwarded)
-        if authorization:
-            return self._bearer(authorization, str(address))
+        hops = [hop.strip() for value in forwarded for hop in value.split(",")]
+        if self.tokens and authorization:
+            return self._bearer(authorization, str(self._address_of(peer, hops, strict=False)))
         if link:
-            self._check_link(link, path)
-            return Caller("link", Scope.READ, str(address), "link")
-        if self.open:
+            ends = self._check_link(link, path)
+            return Caller("link", Scope.READ, str(self._address_of(peer, hops, strict=False)), "link", ends)
+        address = self._address_of(peer, hops)
+        unnamed_proxy = bool(hops) and address == _address(peer)
+        if self.open or (self.local and address.is_loopback and not unnamed_proxy):
             return Caller(str(address), Scope.ADMIN, str(address), "open")
         if any(address in network for network in self.allowed):
             return Caller(str(address), Scope.ADMIN, str(address), "network")
         raise Unauthorized(
             f"{address} must send a token.",
-            hint="Send `Authorization: Bearer TOKEN`; the clients take it from ENVD_TOKEN. For clients that cannot, "
-            "the daemon's ENVD_ALLOW names networks that need none.",
+            hint="Send `Authorization: Bearer TOKEN`; our clients take it from ENVD_TOKEN in their environment. For "
+            "clients that cannot, the daemon's ENVD_ALLOW names networks that need none.",
         )
 
-    def address_of(self, peer: str, forwarded: Sequence[str]) -> Address:
-        """The caller's address: the last one in X-Forwarded-For that was not written by a proxy of ours."""
-        address = _address(peer)
-        hops = [hop.strip() for value in forwarded for hop in value.split(",")]
-        while hops and any(address in network for network in self.proxies):
+    def _address_of(self, peer: str, hops: Sequence[str], *, strict: bool = True) -> Address:
+        """The caller's address: the last one in X-Forwarded-For that was not written by a proxy of ours. Raises
+        Unauthorized for what is no address, unless it decides nothing."""
+        address, left = _address(peer), list(hops)
+        while left and any(address in network for network in self.proxies):
             try:
-                address = _address(hops.pop())
+                address = _address(_without_port(left.pop()))
             except ValueError as error:
+                if not strict:
+                    return address
                 raise Unauthorized("X-Forwarded-For holds something that is no address.") from error
         return address
 
@@ -138,10 +152,11 @@ class Access:
 
     def link(self, path: str, seconds: float, now: float | None = None) -> str:
         """A signature, for the query, with which anybody may GET `path` for so many seconds, an hour at most."""
-        ends = int((time.time() if now is None else now) + min(seconds, LONGEST_LINK))
+        ends = math.ceil((time.time() if now is None else now) + min(seconds, LONGEST_LINK))
         return f"{ends}.{self._signature(path, ends)}"
 
-    def _check_link(self, link: str, path: str) -> None:
+    def _check_link(self, link: str, path: str) -> int:
+        """When it ends. Raises Unauthorized."""
         ends, _, signature = link.partition(".")
         if not re.fullmatch(r"[0-9]{1,12}", ends) or not hmac.compare_digest(
             signature.encode(), self._signature(path, int(ends)).encode()
@@ -149,6 +164,7 @@ class Access:
             raise Unauthorized("The link's signature is not right.", hint="Ask for a new link.")
         if int(ends) < time.time():
             raise Unauthorized("The link has ended.", hint="Ask for a new link.")
+        return int(ends)
 
     def _signature(self, path: str, ends: int) -> str:
         signed = hmac.digest(self.key, f"{ends} {path}".encode(), "sha256")
@@ -161,25 +177,20 @@ class Access:
         names nobody is no browser's."""
         if not host:
             return True
-        name = host.rsplit("@", 1)[-1]
-        name = name[1:].partition("]")[0] if name.startswith("[") else name.partition(":")[0]
-        name = name.rstrip(".").lower()
+        name = _host_name(host.rsplit("@", 1)[-1])
         try:
             ipaddress.ip_address(name)
         except ValueError:
-            return name in self.hosts
+            return name in self.hosts or name.endswith(OURS_ALONE)
         return True
 
 
 def access_of(settings: Settings, environ: Mapping[str, str]) -> Access:
     """The rules that the settings and the credentials of the service give. Blocks. Raises SettingsError: also where
     others could use the daemon and nothing was said about who may."""
+    given = settings.token.get_secret_value().strip()
     tokens = (
-        *(
-            (_token("ENVD_TOKEN", given, "admin", "ENVD_TOKEN"),)
-            if (given := settings.token.get_secret_value())
-            else ()
-        ),
+        *([_token("ENVD_TOKEN", given, "admin", "ENVD_TOKEN")] if given else ()),
         *(_tokens_in(settings.token_file) if settings.token_file else ()),
         *_credentials(environ),
     )
@@ -197,7 +208,8 @@ def access_of(settings: Settings, environ: Mapping[str, str]) -> Access:
         allowed=allowed,
         proxies=tuple(_networks(settings.proxies, "ENVD_PROXIES")),
         hosts=_names(settings),
-        open=settings.insecure or (local and not tokens and not allowed),
+        open=settings.insecure,
+        local=not tokens,
     )
 
 
@@ -212,16 +224,30 @@ def is_loopback(host: str) -> bool:
 
 def _names(settings: Settings) -> frozenset[str]:
     own = socket.gethostname()
-    return frozenset(name.lower() for name in ("localhost", own, own.partition(".")[0], settings.host, *settings.hosts))
+    names = frozenset(map(_host_name, ("localhost", own, own.partition(".")[0], settings.host, *settings.hosts)))
+    if odd := [name for name in names if "*" in name]:
+        raise SettingsError(f"ENVD_HOSTS={odd[0]}: names are given in full.")
+    return names
+
+
+def _host_name(host: str) -> str:
+    """Without the port, in lower case."""
+    name = host[1:].partition("]")[0] if host.startswith("[") else host.partition(":")[0]
+    return name.rstrip(".").lower()
 
 
 def _networks(words: Sequence[str], setting: str) -> list[Network]:
-    found = []
+    found: list[Network] = []
     for word in words:
         try:
-            found.append(ipaddress.ip_network(word))
+            network = ipaddress.ip_network(word)
         except ValueError as error:
             raise SettingsError(f"{setting}={word}: {error}.", hint="Such as 10.100.4.0/24 or 10.100.4.17.") from error
+        if network.prefixlen == 0:
+            raise SettingsError(
+                f"{setting}={word} is everybody.", hint="Name the networks; or ENVD_INSECURE=1, if everybody is meant."
+            )
+        found.append(network)
     return found
 
 
@@ -232,17 +258,21 @@ def _credentials(environ: Mapping[str, str]) -> tuple[Token, ...]:
 
 
 def _tokens_in(path: Path) -> tuple[Token, ...]:
-    """One to a line: `TOKEN`, or `NAME SCOPE TOKEN`; # begins a comment. Raises SettingsError."""
+    """One to a line: `TOKEN`, or `NAME SCOPE TOKEN`; what begins with # is a comment.
+
+    Raises SettingsError, which does not name a file that cannot be opened: it may be a token, given by mistake.
+    """
     try:
         status = path.stat()
         lines = path.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise SettingsError(f"The tokens in {path} cannot be read: {error}.") from error
-    if status.st_mode & stat.S_IROTH:
-        raise SettingsError(f"Everybody on this host can read the tokens in {path}.", hint=f"chmod 600 {path}")
+        why = error.strerror if isinstance(error, OSError) else "it is no text"
+        raise SettingsError(f"The file that ENVD_TOKEN_FILE names cannot be read: {why}.") from None
+    if status.st_mode & (stat.S_IROTH | stat.S_IWOTH):
+        raise SettingsError(f"Everybody on this host can read or write the tokens in {path}.", hint=f"chmod 600 {path}")
     found = []
     for number, line in enumerate(lines, start=1):
-        words = line.partition("#")[0].strip()
+        words = re.sub(r"(^|\s)#.*", "", line).strip()
         if not words:
             continue
         where = f"{path} line {number}"
@@ -253,17 +283,24 @@ def _tokens_in(path: Path) -> tuple[Token, ...]:
             )
         found.append(_token(match["name"] or f"{path.name}:{number}", match["token"], match["scope"] or "admin", where))
     if not found:
-        raise SettingsError(f"There is no token in {path}.")
+        raise SettingsError(f"There is no token in {path}.", hint="One to a line, of `openssl rand -hex 32`.")
     return tuple(found)
 
 
 def _token(name: str, token: str, scope: str, where: str) -> Token:
     """Raises SettingsError, which never holds the token."""
-    if len(token) < SHORTEST or not token.isascii() or not token.isprintable():
+    if len(token) < SHORTEST or not re.fullmatch(r"[!-~]+", token):
         raise SettingsError(
             f"{where}: a token has at least {SHORTEST} ASCII characters, without blanks.", hint="openssl rand -hex 32"
         )
     return Token(name, Scope[scope.upper()], hashlib.sha256(token.encode()).digest())
+
+
+def _without_port(hop: str) -> str:
+    """Of an address as proxies write it: some add the port."""
+    if hop.startswith("["):
+        return hop[1:].partition("]")[0]
+    return hop.partition(":")[0] if hop.count(":") == 1 else hop
 
 
 def _address(text: str) -> Address:

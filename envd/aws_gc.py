@@ -81,7 +81,7 @@ def show(plan: Plan, *, dry_run: bool, output: Console | None = None) -> int:
         _print(output, plan.chosen, plan.ours)
     if plan.kept:
         output.out(
-            f"{len(plan.kept)} of daemon {plan.ours} are left to it: it runs (stop it to end them).", highlight=False
+            f"{len(plan.kept)} of daemon {plan.ours} left to it, since it runs (stop it to end them).", highlight=False
         )
     verb = "would be" if dry_run else "to be"
     output.out(f"{plan.number} {verb} ended, {_schedules(plan)} {verb} removed, in {plan.region}.", highlight=False)

@@ -391,7 +391,11 @@ class LinkRequest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    path: str = Field(pattern=r"^/[!-~]*$", max_length=500, description="What is to be read, without a query.")
+    path: str = Field(
+        pattern=r"^/([0-9A-Za-z_.~-][0-9A-Za-z_.~/-]*)?$",
+        max_length=500,
+        description="What is to be read, without a query.",
+    )
     seconds: float = Field(default=300, gt=0, le=3600, description="How long the link is good.")
 
 

@@ -353,7 +353,9 @@ def load(environ: Mapping[str, str] | None = None, env_file: Path | None = Path(
             field = str(item["loc"][0]) if item["loc"] else ""
             name = field if field in VARIABLES else variable(field) if field in Settings.model_fields else "settings"
             source_name = origins.get(VARIABLES.get(name, ""), "settings")
-            complaints.append(f"{name}={item['input']!s:.80} ({source_name}): {_plain(item['msg'])}")
+            # What no single field is at fault for comes with all of them, and one is the token.
+            given = f"={item['input']!s:.80}" if item["loc"] and name != "ENVD_TOKEN" else ""
+            complaints.append(f"{name}{given} ({source_name}): {_plain(item['msg'])}")
     if complaints:
         told = "; ".join(complaints)
         end = "" if told.endswith("?") else "."

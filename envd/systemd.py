@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -19,7 +20,7 @@ class Notifier:
         self._address = "\0" + address[1:] if address.startswith("@") else address
         asked = environ.get("WATCHDOG_USEC", "")
         mine = environ.get("WATCHDOG_PID", str(os.getpid())) == str(os.getpid())
-        self.watchdog = int(asked) / 1e6 if asked.isdigit() and mine else None
+        self.watchdog = int(asked) / 1e6 if re.fullmatch("[1-9][0-9]{0,15}", asked, re.ASCII) and mine else None
         """Seconds within which the manager wants to hear of us, if it does."""
 
     def tell(self, **facts: str) -> None:

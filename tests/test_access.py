@@ -27,8 +27,24 @@ def ask(
     return access.caller(peer, f"Bearer {token}" if token else "", forwarded, link, PATH)
 
 
-def test_loopback_without_a_token_is_open() -> None:
-    assert ask(rules(), "127.0.0.1").scope is Scope.ADMIN
+@pytest.mark.parametrize("peer", ["127.0.0.1", "::1", "::ffff:127.0.0.1"])
+def test_on_loopback_nobody_needs_a_token(peer: str) -> None:
+    assert ask(rules(), peer).scope is Scope.ADMIN
+
+
+def test_with_networks_that_need_no_token_this_host_needs_none_either() -> None:
+    assert ask(rules(host="0.0.0.0", allow="10.0.0.0/8"), "127.0.0.1").how == "open"
+
+
+def test_what_is_open_on_loopback_is_so_for_this_host_alone_wherever_the_app_is_bound() -> None:
+    with pytest.raises(Unauthorized):
+        ask(rules(), "10.1.2.3")
+
+
+@pytest.mark.parametrize("proxies", ["", "127.0.0.1"])
+def test_a_proxy_on_this_host_does_not_make_others_of_this_host(proxies: str) -> None:
+    with pytest.raises(Unauthorized):
+        ask(rules(proxies=proxies), "127.0.0.1", forwarded=("203.0.113.9",))
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.5", "example.org"])
@@ -61,7 +77,6 @@ def test_another_token_is_refused_also_from_a_network_that_needs_none(given: str
         pytest.param("10.100.5.1", False, id="beside it"),
         pytest.param("::ffff:10.100.4.17", True, id="mapped into IPv6"),
         pytest.param("fd00::1", True, id="the other one"),
-        pytest.param("127.0.0.1", False, id="loopback is not in it"),
     ],
 )
 def test_a_network_that_was_named_needs_no_token(peer: str, may: bool) -> None:
@@ -90,9 +105,21 @@ def test_only_proxies_that_were_named_say_who_asks(peer: str, forwarded: tuple[s
     assert ask(access, peer, forwarded=forwarded).address == address
 
 
-def test_nonsense_from_a_proxy_is_refused() -> None:
+def test_nonsense_from_a_proxy_is_refused_unless_there_is_a_token() -> None:
+    access = rules(token=TOKEN, proxies="192.168.0.0/24")
     with pytest.raises(Unauthorized, match="no address"):
-        ask(rules(insecure=True, proxies="192.168.0.0/24"), "192.168.0.2", forwarded=("nonsense",))
+        ask(access, "192.168.0.2", forwarded=("unknown",))
+    assert ask(access, "192.168.0.2", token=TOKEN, forwarded=("unknown",)).address == "192.168.0.2"
+
+
+@pytest.mark.parametrize("hop", ["10.100.4.17:4711", "[fd00::1]:4711", "[fd00::1]", "fd00::1"])
+def test_a_proxy_may_say_the_port_as_well(hop: str) -> None:
+    caller = ask(rules(insecure=True, proxies="192.168.0.0/24"), "192.168.0.2", forwarded=(hop,))
+    assert caller.address in ("10.100.4.17", "fd00::1")
+
+
+def test_where_there_are_no_tokens_one_that_is_sent_does_no_harm() -> None:
+    assert ask(rules(), "127.0.0.1", token=TOKEN).how == "open"
 
 
 def test_tokens_of_a_file_have_names_and_scopes(tmp_path: Path) -> None:
@@ -142,6 +169,30 @@ def test_a_file_of_tokens_that_everybody_can_read_is_refused(tmp_path: Path) -> 
         rules(token_file=file)
 
 
+def test_a_token_given_as_the_file_is_not_shown() -> None:
+    with pytest.raises(SettingsError, match="cannot be read") as caught:
+        rules(token_file=Path(TOKEN))
+    assert TOKEN not in str(caught.value)
+
+
+def test_names_are_given_in_full() -> None:
+    with pytest.raises(SettingsError, match="in full"):
+        rules(hosts="*.example")
+
+
+def test_blanks_around_a_token_are_not_part_of_it() -> None:
+    assert ask(rules(token=f" {TOKEN}\n"), token=TOKEN).how == "token"
+    with pytest.raises(SettingsError, match="without blanks"):
+        rules(token=f"{TOKEN} {OTHER}")
+
+
+@pytest.mark.parametrize("field", ["allow", "proxies"])
+def test_everybody_is_no_network(field: str) -> None:
+    for everybody in ("0.0.0.0/0", "::/0"):
+        with pytest.raises(SettingsError, match="is everybody"):
+            rules({f"ENVD_{field.upper()}": everybody})
+
+
 @pytest.mark.parametrize("field", ["allow", "proxies"])
 def test_what_is_no_network_stops_the_start(field: str) -> None:
     with pytest.raises(SettingsError, match=f"ENVD_{field.upper()}=10.0.0.0/99"):
@@ -153,12 +204,19 @@ def test_a_token_is_shown_nowhere() -> None:
     access = access_of(settings, {})
     for shown in (repr(settings), str(effective(settings)), repr(access), repr(ask(access, token=TOKEN))):
         assert TOKEN not in shown
+    for wrong in ({"ENVD_MIN_PIXELS": "3000000"}, {"ENVD_PORT": "many"}):
+        with pytest.raises(SettingsError) as caught:
+            load({"HOME": "/nowhere", "ENVD_TOKEN": TOKEN, **wrong}, env_file=None)
+        assert TOKEN not in str(caught.value)
 
 
 def test_a_link_lets_anybody_read_one_thing_for_a_while() -> None:
     access = rules(token=TOKEN)
     link = access.link(PATH, 60)
-    assert ask(access, link=link) == Caller("link", Scope.READ, "10.1.2.3", "link")
+    caller = ask(access, link=link)
+    assert (caller.name, caller.scope, caller.how) == ("link", Scope.READ, "link")
+    assert caller.until is not None
+    assert 59 <= caller.until - time.time() <= 61
     with pytest.raises(Unauthorized):
         access.caller("10.1.2.3", "", (), link, "/v1/envs/1/screenshot")
 
@@ -196,6 +254,9 @@ def test_a_link_ends_and_lasts_an_hour_at_most() -> None:
         ("localhost:15001", True),
         ("LOCALHOST.", True),
         ("desk.example:15001", True),
+        ("other.example", True),
+        ("envd.default.svc.cluster.local:15001", True),
+        ("ip-10-0-0-5.ec2.internal", True),
         ("evil.example:15001", False),
         ("127.0.0.1.evil.example", False),
         ("localhost@evil.example", False),
@@ -203,4 +264,4 @@ def test_a_link_ends_and_lasts_an_hour_at_most() -> None:
     ],
 )
 def test_it_is_known_by_addresses_and_by_the_names_that_it_was_given(host: str, known: bool) -> None:
-    assert rules(hosts="desk.example").knows_host(host) is known
+    assert rules(hosts="desk.example,other.example.:15001").knows_host(host) is known

@@ -156,7 +156,7 @@ def test_a_daemon_that_runs_keeps_what_it_uses_whatever_is_asked(aws: Account) -
     with locked(settings().state_dir):
         ran = gc("--all", "--yes")
     assert (ran.exit_code, alive(aws)) == (0, {used})
-    assert f"1 of daemon {ours()} are left to it: it runs" in ran.stdout
+    assert f"1 of daemon {ours()} left to it, since it runs" in ran.stdout
     assert late in ran.stdout
 
 

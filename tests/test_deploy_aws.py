@@ -245,7 +245,7 @@ async def printed(aws: Account) -> str:
     for block, group, port in opened:
         rule = {"IpProtocol": "tcp", "FromPort": port, "ToPort": port, "IpRanges": [{"CidrIp": block}]}
         ec2.authorize_security_group_ingress(GroupId=group, IpPermissions=[rule])
-    for port in (5000, 9222, 8006, 5910):
+    for port in (5000, 8006, 8080, 5910):
         rule = {"IpProtocol": "tcp", "FromPort": port, "ToPort": port, "UserIdGroupPairs": [{"GroupId": here}]}
         ec2.authorize_security_group_ingress(GroupId=aws.security_group, IpPermissions=[rule])
     async with metadata(subnet=aws.subnets[0], vpc=aws.vpc, security_groups=here):

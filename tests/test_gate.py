@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
+import aiohttp
 import pytest
 from serving import Served, serving
 
@@ -86,6 +88,21 @@ async def test_a_link_shows_a_browser_one_picture() -> None:
         assert (await answers(served, "POST", link["path"].replace(path, "/v1/envs/0/reset")))[0] == 401
 
 
+async def test_a_stream_ends_with_the_link_that_it_came_by() -> None:
+    async with serving(token=TOKEN) as served:
+        _, link, _ = await served.ask("POST", "/v1/links", {"path": "/v1/events", "seconds": 0.2}, headers=GOOD)
+        async with asyncio.timeout(10), served.http.get(served.url + link["path"]) as answer:
+            assert answer.status == 200
+            with contextlib.suppress(aiohttp.ClientPayloadError):
+                await answer.read()
+
+
+@pytest.mark.parametrize("path", ["//evil.example/x", "/v1/envs?x=1", "/v1/envs#y", "/%2e", "v1/envs", ""])
+async def test_what_is_no_path_of_ours_gets_no_link(path: str) -> None:
+    async with serving() as served:
+        assert (await answers(served, "POST", "/v1/links", body={"path": path})) == (422, "invalid_request")
+
+
 @pytest.mark.parametrize(
     ("headers", "code"),
     [
@@ -93,6 +110,7 @@ async def test_a_link_shows_a_browser_one_picture() -> None:
         pytest.param({"Origin": "http://evil.example"}, "forbidden", id="a page of another site"),
         pytest.param({"Sec-Fetch-Site": "cross-site"}, "forbidden", id="what its browser says of it"),
         pytest.param({"Origin": "null"}, "forbidden", id="a page of no site"),
+        pytest.param({"Origin": "http://["}, "forbidden", id="a page of nonsense"),
     ],
 )
 async def test_a_page_that_somebody_visits_cannot_use_an_open_daemon(headers: dict[str, str], code: str) -> None:
@@ -102,8 +120,8 @@ async def test_a_page_that_somebody_visits_cannot_use_an_open_daemon(headers: di
 
 
 async def test_no_page_of_another_site_is_let_read_an_answer() -> None:
-    async with serving() as served:
-        _, _, headers = await served.ask("GET", "/v1/envs", headers={"Origin": "http://evil.example"})
+    async with serving(token=TOKEN) as served:
+        _, _, headers = await served.ask("GET", "/v1/envs", headers={**GOOD, "Origin": "http://evil.example"})
         assert not [name for name in headers if name.lower().startswith("access-control")]
 
 
@@ -126,11 +144,19 @@ def test_the_memory_of_rates_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("envd.app.gate.CLIENTS", 10)
     rates = Rates(1)
     for number in range(100):
-        rates.require(str(number))
+        rates.require(str(number), "here")
     assert len(rates._left) == 10
-    rates.require("99")
+    rates.require("99", "here")
     with pytest.raises(TooManyRequests):
-        rates.require("99")
+        rates.require("99", "here")
+
+
+def test_those_who_share_a_token_do_not_share_a_rate_and_a_slow_one_is_served_too() -> None:
+    rates = Rates(0.1)
+    rates.require("ENVD_TOKEN", "token 10.0.0.1")
+    rates.require("ENVD_TOKEN", "token 10.0.0.2")
+    with pytest.raises(TooManyRequests, match="ENVD_TOKEN made more than"):
+        rates.require("ENVD_TOKEN", "token 10.0.0.1")
 
 
 async def test_who_changed_what_is_written_and_no_token_with_it(caplog: pytest.LogCaptureFixture) -> None:
@@ -140,7 +166,8 @@ async def test_who_changed_what_is_written_and_no_token_with_it(caplog: pytest.L
         await served.ask("GET", "/v1/envs", headers=GOOD)
         await served.ask("POST", "/v1/envs/0/reset", {}, headers={"Authorization": "Bearer wrong-token-of-somebody"})
     written = [record for record in caplog.records if record.name == "envd.audit"]
-    (one,) = [vars(record) for record in written]
+    one, refused = [vars(record) for record in written]
+    assert (refused["how"], refused["address"], refused["status"]) == ("refused", "127.0.0.1", 401)
     assert (one["caller"], one["how"], one["address"], one["method"], one["path"], one["status"]) == (
         *("ENVD_TOKEN", "token", "127.0.0.1", "POST", "/v1/envs/0/reset", 202),
     )

@@ -92,6 +92,8 @@ async def test_the_watchdog_is_not_fed_while_the_consumer_hangs(tmp_path: Path) 
         ({"WATCHDOG_USEC": "3000000"}, 3.0),
         ({"WATCHDOG_USEC": "3000000", "WATCHDOG_PID": "1"}, None),
         ({"WATCHDOG_USEC": "soon"}, None),
+        ({"WATCHDOG_USEC": "0"}, None),
+        ({"WATCHDOG_USEC": "²"}, None),
     ],
 )
 def test_the_watchdog_is_fed_only_where_this_process_is_watched(environ: dict[str, str], seconds: float | None) -> None:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections import OrderedDict
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs
 
+import anyio
 import structlog
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Send
@@ -15,12 +16,13 @@ from ..access import Access, Caller, Scope
 from ..errors import EnvdError, Forbidden, MisdirectedRequest, TooManyRequests
 from .problems import problem_response
 
+logger = structlog.get_logger(__name__)
 audit = structlog.get_logger("envd.audit")
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})
 """For load balancers, which have no tokens; they tell nothing that anybody could use."""
 ADMIN_PATHS = frozenset({"/v1/drain"})
-READING_PATHS = frozenset({"/v1/links"})
+READING_PATHS = frozenset({"/v1/links", "/env/history_messages"})
 """Whose POST changes nothing."""
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 LINK = "signature"
@@ -44,35 +46,46 @@ class Gate:
         try:
             caller = self._admit(scope)
         except EnvdError as error:
-            if scope["type"] == "websocket":
-                await send({"type": "websocket.close", "code": 1008, "reason": error.detail[:120]})
-                return
-            headers = {"WWW-Authenticate": 'Bearer realm="envd"'} if error.status == 401 else {}
-            await problem_response(error, scope["path"], headers)(scope, receive, send)
+            await self._refuse(error, scope, receive, send)
             return
         scope.setdefault("state", {})["caller"] = caller
         if scope["type"] == "websocket" or scope["method"] in SAFE:
-            await self._app(scope, receive, send)
+            left = None if caller is None or caller.until is None else caller.until - time.time()
+            with anyio.move_on_after(left):  # a stream ends with the link that it came by
+                await self._app(scope, receive, send)
         else:
             await self._audited(caller, scope, receive, send)
 
+    async def _refuse(self, error: EnvdError, scope: AsgiScope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008, "reason": error.detail[:120]})
+            return
+        logger.info("refused", address=_peer_of(scope), code=error.code, detail=error.detail)
+        if scope["method"] not in SAFE:
+            _write(None, scope, error.status)
+        headers = {"WWW-Authenticate": 'Bearer realm="envd"'} if error.status == 401 else {}
+        await problem_response(error, scope["path"], headers)(scope, receive, send)
+
     def _admit(self, scope: AsgiScope) -> Caller | None:
         """Raises MisdirectedRequest, Unauthorized, Forbidden, TooManyRequests."""
-        path, method, headers = scope["path"], scope.get("method", "GET"), Headers(scope=scope)
+        path, method, headers = _path_of(scope), scope.get("method", "GET"), Headers(scope=scope)
+        peer = _peer_of(scope)
         if path in OPEN_PATHS and method in SAFE:
+            self._rates.require("a stranger", peer)
             return None
         query = parse_qs(scope["query_string"].decode("ascii", "replace"))
         link = query.get(LINK, [""])[-1] if method in SAFE else ""
-        peer = (scope.get("client") or ("127.0.0.1", 0))[0]
         forwarded = headers.getlist("x-forwarded-for")
         caller = self._access.caller(peer, headers.get("authorization", ""), forwarded, link, path)
         host = headers.get("host", "")
         if caller.how in ("open", "network"):
             # With a token no page can come by, whatever it has its name point to.
             self._refuse_other_names(host)
-        if method not in SAFE or scope["type"] == "websocket":
+            if headers.get("sec-fetch-mode") != "navigate":
+                _refuse_other_sites(headers, host)
+        elif method not in SAFE or scope["type"] == "websocket":
             _refuse_other_sites(headers, host)
-        self._rates.require(caller.name)
+        self._rates.require(caller.name, f"{caller.how} {caller.address}")
         caller.require(_needed(method, path), f"{method} {path[:100]}")
         return caller
 
@@ -96,15 +109,7 @@ class Gate:
         try:
             await self._app(scope, receive, send_and_see)
         finally:
-            audit.info(
-                "audit",
-                caller=caller.name if caller else "",
-                how=caller.how if caller else "",
-                address=caller.address if caller else "",
-                method=scope["method"],
-                path=scope["raw_path"].decode("ascii", "replace"),
-                status=status,
-            )
+            _write(caller, scope, status)
 
 
 class Rates:
@@ -115,24 +120,49 @@ class Rates:
         self._left: OrderedDict[str, tuple[float, float]] = OrderedDict()
         """Client → requests that it may make now, and when that was."""
 
-    def require(self, client: str) -> None:
-        """Raises TooManyRequests."""
+    def require(self, name: str, whence: str) -> None:
+        """One more of `name`, from there: those who share a token do not share a rate. Raises TooManyRequests."""
         if not self._rate:
             return
-        now = time.monotonic()
-        left, then = self._left.pop(client, (2 * self._rate, now))
-        left = min(2 * self._rate, left + (now - then) * self._rate)
+        now, client = time.monotonic(), f"{whence} {name}"
+        most = max(1.0, 2 * self._rate)
+        left, then = self._left.pop(client, (most, now))
+        left = min(most, left + (now - then) * self._rate)
         self._left[client] = max(left - 1, 0.0) if left >= 1 else left, now
         while len(self._left) > CLIENTS:
             self._left.popitem(last=False)
         if left < 1:
             raise TooManyRequests(
-                f"{client} made more than {self._rate:g} requests a second.",
+                f"{name} made more than {self._rate:g} requests a second.",
                 hint="Wait for a job on its stream of events instead of asking again and again.",
                 retry_after=max(1.0, (1 - left) / self._rate),
                 limit=self._rate,
                 setting="ENVD_REQUEST_RATE",
             )
+
+
+def _write(caller: Caller | None, scope: AsgiScope, status: int) -> None:
+    """One line of the audit. Of somebody who was refused there is the address alone."""
+    audit.info(
+        "audit",
+        caller=caller.name if caller else "",
+        how=caller.how if caller else "refused",
+        address=caller.address if caller else _peer_of(scope),
+        method=scope["method"],
+        path=scope["raw_path"].decode("ascii", "replace"),
+        status=status,
+    )
+
+
+def _path_of(scope: AsgiScope) -> str:
+    """As the routes know it, wherever the app is mounted."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+def _peer_of(scope: AsgiScope) -> str:
+    """Of a unix socket nobody is told: who may connect there is of this host."""
+    return str((scope.get("client") or ("127.0.0.1", 0))[0])
 
 
 def _needed(method: str, path: str) -> Scope:
@@ -145,7 +175,7 @@ def _refuse_other_sites(headers: Headers, host: str) -> None:
     """A page of another site can make a browser send what needs no permission to be sent; its answer it cannot read,
     and the harm is done by then. Raises Forbidden."""
     origin = headers.get("origin", "")
-    foreign = origin and urlsplit(origin).netloc.lower() != host.lower()
+    foreign = origin and origin.partition("://")[2].lower() != host.lower()
     if foreign or headers.get("sec-fetch-site", "") in ("cross-site", "same-site"):
         raise Forbidden(
             f"The request comes from a page of {origin[:100] or 'another site'}.",

@@ -10,6 +10,7 @@ import asyncio
 import json
 import os
 import random
+import re
 import socket
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
@@ -106,7 +107,11 @@ class Transport:
 
     def __init__(self, url: str | None = None, *, token: str | None = None, patience: float = 60.0) -> None:
         self.url = _base(url or os.environ.get("ENVD_URL") or DEFAULT_URL)
-        token = os.environ.get("ENVD_TOKEN", "") if token is None else token
+        token = (os.environ.get("ENVD_TOKEN", "") if token is None else token).strip()
+        if not re.fullmatch("[!-~]*", token):
+            raise SettingsError(
+                "The token (ENVD_TOKEN) holds something that cannot be sent.", hint="openssl rand -hex 32"
+            )
         self._headers = {"User-Agent": "envd-client"} | ({"Authorization": f"Bearer {token}"} if token else {})
         self.patience = patience
         self._session: aiohttp.ClientSession | None = None
@@ -331,6 +336,10 @@ def _base(url: str) -> str:
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise SettingsError(
             f"{url!r} is not the address of a server.", hint=f"Give it as http://HOST:PORT, for example {DEFAULT_URL}."
+        )
+    if parts.username is not None:
+        raise SettingsError(
+            "The address of a server holds no user.", hint="What a server wants is a token: ENVD_TOKEN."
         )
     return url.rstrip("/")
 

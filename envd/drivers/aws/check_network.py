@@ -18,8 +18,8 @@ PORTS: Mapping[int, str] = {
     8080: "VLC's web page",
     5910: "noVNC",
 }
-WATCHING = (8006, 5910)
-"""Ports that a person watches by; no task needs them."""
+OPTIONAL = (8006, 5910, 8080)
+"""Ports that desktops work without: by two of them a person watches, and few tasks ask VLC."""
 FEW_ADDRESSES = 8
 Tree = Mapping[str, Any]
 
@@ -168,7 +168,7 @@ def _port(port: int, rules: Sequence[Rule], group: str, source: Source) -> Findi
             what, "unknown", f"{use}: open to {peers}; whether this host is of them cannot be told from here"
         )
     others = f"open to {peers}, and not to this host" if peers else "no rule opens it"
-    verdict: Verdict = "warning" if port in WATCHING else "failed"
+    verdict: Verdict = "warning" if port in OPTIONAL else "failed"
     return Finding(what, verdict, f"{use}: {others}", opening(group, port, source))
 
 
