@@ -18,12 +18,16 @@ import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import structlog
 from blockbuster import blockbuster_ctx
 
 from envd.settings import load
+
+if TYPE_CHECKING:
+    from aws_faults import FaultyAccount
 
 ROOT = Path(__file__).parent.parent
 WATERSHED = (3, 12)
@@ -90,6 +94,15 @@ def missing_for_qemu() -> str:
             return f"no {program}; the Debian package is {package}"
     disk = load(env_file=None).guest_disk
     return "" if disk.exists() else f"no guest disk at {disk}; `make images` makes it"
+
+
+@pytest.fixture(scope="module")
+def account() -> Iterator[FaultyAccount]:
+    """At AWS, for all tests of a module: it takes seconds to start."""
+    from aws_faults import faulty_account  # no test but AWS's waits for boto3
+
+    with faulty_account() as made:
+        yield made
 
 
 @pytest.fixture(scope="session")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import anyio
 import pytest
 from aws_driving import Heard, driver_in, instances_of, spec
-from aws_faults import FaultyAccount, faulty_account, said
+from aws_faults import FaultyAccount, said
 
 from envd.drivers.aws import AwsDriver, boot, desktops, driver, instances, roots, sweep
 from envd.drivers.base import Report
@@ -28,12 +28,6 @@ from envd.errors import (
 from envd.settings import Settings
 
 KMS = ("Client.InternalError", "Client.InternalError: Client error on launch")
-
-
-@pytest.fixture(scope="module")
-def account() -> Iterator[FaultyAccount]:
-    with faulty_account() as made:
-        yield made
 
 
 @pytest.fixture

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 from aws_driving import Heard, driver_in, instances_of, spec
-from aws_faults import FaultyAccount, faulty_account
+from aws_faults import FaultyAccount
 
 from envd.drivers.aws import instances
 from envd.drivers.aws.launch import ami_of
 from envd.drivers.base import Report
 from envd.errors import AmiUnavailable, InsufficientCapacity, QuotaExceeded
 from envd.settings import Settings
-
-
-@pytest.fixture(scope="module")
-def account() -> Iterator[FaultyAccount]:
-    with faulty_account() as made:
-        yield made
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from aws_cloud import REGION
-from aws_faults import FaultyAccount, faulty_account
+from aws_faults import FaultyAccount
 
 from envd.drivers.aws import sweep as sweep_module
 from envd.drivers.aws import tags
@@ -23,13 +23,6 @@ ROLE = "arn:aws:iam::123456789012:role/envd-scheduler-terminate"
 ABSENT = "i-0123456789abcdef0"
 OLD = GRACE + 60
 OURS, THEIRS = "daemon-a", "daemon-b"
-
-
-@pytest.fixture(scope="module")
-def account() -> Iterator[FaultyAccount]:
-    """One for all: it takes seconds to start."""
-    with faulty_account() as made:
-        yield made
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from typing import Any
 import anyio
 import pytest
 from aws_cloud import REGION
-from aws_faults import FaultyAccount, faulty_account
+from aws_faults import FaultyAccount
 from botocore.exceptions import ClientError
 
 from envd.drivers.aws import ttl as ttl_module
@@ -27,13 +27,6 @@ ROLE = f"arn:aws:iam::{ACCOUNT}:role/envd-scheduler-terminate"
 NAME = "envd-scheduler-terminate"
 NOT_YET = "The execution role you provide must allow AWS EventBridge Scheduler to assume the role."
 """What AWS says of a role that is too new, and of one that will never do."""
-
-
-@pytest.fixture(scope="module")
-def account() -> Iterator[FaultyAccount]:
-    """One for all: it takes seconds to start."""
-    with faulty_account() as made:
-        yield made
 
 
 @pytest.fixture
