@@ -32,7 +32,7 @@ CLIENTS = 10_000
 
 
 class Gate:
-    """Inside of `Boundary`. Puts the `Caller` into the request's state as `caller`."""
+    """Inside of `Boundary`."""
 
     def __init__(self, app: ASGIApp, access: Access, rate: float) -> None:
         self._app = app
@@ -48,7 +48,6 @@ class Gate:
         except EnvdError as error:
             await self._refuse(error, scope, receive, send)
             return
-        scope.setdefault("state", {})["caller"] = caller
         if scope["type"] == "websocket" or scope["method"] in SAFE:
             left = None if caller is None or caller.until is None else caller.until - time.time()
             with anyio.move_on_after(left):  # a stream ends with the link that it came by

@@ -44,26 +44,25 @@ class Cloud:
 
         Raises CloudRefused and what is below it, after at most `within` seconds.
         """
-        client = self._clients[service]
+        client, action = self._clients[service], self.action(service, operation)
+        whom = {"action": action, "endpoint": client.meta.endpoint_url}
         try:
             with anyio.fail_after(within):
                 answer = await getattr(client, operation)(**parameters)
         except TimeoutError as error:
             raise CloudUnreachable(
-                f"{self.action(service, operation)} got no answer within {within:g} s.",
+                f"{action} got no answer within {within:g} s.",
                 hint="See whether this host reaches AWS: a NAT gateway, a VPC endpoint, a proxy.",
-                action=self.action(service, operation),
-                endpoint=client.meta.endpoint_url,
+                **whom,
             ) from error
         except ResponseParserError as error:
             raise CloudRefused(
-                f"{self.action(service, operation)} was answered with what is not its answer.",
+                f"{action} was answered with what is not its answer.",
                 hint="See what answers at that address: something between this host and AWS may do so in its place.",
-                action=self.action(service, operation),
-                endpoint=client.meta.endpoint_url,
+                **whom,
             ) from error
         except (ClientError, BotoCoreError, OSError) as error:
-            raise explain(error, self.action(service, operation), region=self.region, asked=parameters) from error
+            raise explain(error, action, region=self.region, asked=parameters) from error
         return answer
 
     async def pages(self, service: Service, operation: str, /, key: str, **parameters: Any) -> list[Any]:
