@@ -147,20 +147,21 @@ find_base() {
   timeout 60 docker pull -q "$base" >/dev/null 2>&1 && return
   base=envd/base:bookworm
   echo "base: no registry has it; making $base with debootstrap"
-  command -v debootstrap >/dev/null || PATH=$PATH:/usr/sbin:/sbin
-  command -v debootstrap >/dev/null || fail "debootstrap is not installed. Run: sudo apt-get install -y debootstrap"
+  PATH=$PATH:/usr/sbin:/sbin
   local as=()
   if [ "$(id -u)" -ne 0 ]; then
     sudo -n true 2>/dev/null || fail "debootstrap needs root. Run this once as root (sudo $0), or load an image debian:bookworm-slim (docker load)."
     as=(sudo -n)
   fi
+  if ! command -v debootstrap >/dev/null; then
+    echo "base: installing debootstrap"
+    run_logged "$cache/base.log" "debootstrap could not be installed. Run: sudo apt-get install -y debootstrap" \
+      "${as[@]}" sh -c 'apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends debootstrap'
+  fi
   local tree
   tree=$("${as[@]}" mktemp -d /var/tmp/envd-base.XXXXXX)
   trap '"${as[@]}" rm -rf "$tree"; rm -rf "$work"' EXIT
-  if ! "${as[@]}" debootstrap --variant=minbase bookworm "$tree" >"$cache/base.log" 2>&1; then
-    tail -n 20 "$cache/base.log" >&2
-    fail "debootstrap failed; the whole log is $cache/base.log."
-  fi
+  run_logged "$cache/base.log" "debootstrap failed." "${as[@]}" debootstrap --variant=minbase bookworm "$tree"
   # debootstrap names its mirror for the release alone; updates and security are beside it.
   local mirror
   mirror=$(awk '$1 == "deb" { print $2; exit }' "$tree/etc/apt/sources.list")
@@ -182,8 +183,9 @@ make_site() {
   if [ ! -d "$site" ]; then
     echo "desktop: fetching Python packages"
     local pip=("$python" -m pip --disable-pip-version-check -q) wheels=$work/wheels
-    run_logged "$cache/packages.log" "${pip[@]}" wheel --no-deps --wheel-dir "$wheels" --constraint "$project/constraints.txt" "${pure[@]}"
-    run_logged "$cache/packages.log" "${pip[@]}" install --target "$work/site" --no-deps --no-compile --find-links "$wheels" \
+    local words="Python packages of the desktop could not be fetched."
+    run_logged "$cache/packages.log" "$words" "${pip[@]}" wheel --no-deps --wheel-dir "$wheels" --constraint "$project/constraints.txt" "${pure[@]}"
+    run_logged "$cache/packages.log" "$words" "${pip[@]}" install --target "$work/site" --no-deps --no-compile --find-links "$wheels" \
       --only-binary :all: --implementation cp --python-version 3.11 \
       --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --platform manylinux_2_17_x86_64 \
       --constraint "$project/constraints.txt" --requirement "$images/desktop/packages.txt"
@@ -194,12 +196,13 @@ make_site() {
   cp -r "$site" "$work/site"
 }
 
+# run_logged LOG WORDS COMMAND...: the command, its output in the log; when it fails the log's end, and WORDS.
 run_logged() {
-  local log=$1
-  shift
+  local log=$1 words=$2
+  shift 2
   if ! "$@" >"$log" 2>&1; then
     tail -n 20 "$log" >&2
-    fail "Python packages of the desktop could not be fetched; the whole log is $log."
+    fail "$words (The whole log is $log.)"
   fi
 }
 

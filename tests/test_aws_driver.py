@@ -150,6 +150,28 @@ async def test_an_instance_that_ec2_knows_no_more_is_dead_after_a_while(
             assert "is gone" in (await waiting).reason
 
 
+@pytest.mark.parametrize(
+    "known",
+    [pytest.param(True, id="it was there all the while"), pytest.param(False, id="EC2 says that there is none")],
+)
+async def test_what_was_taken_for_gone_is_told_to_end_all_the_same(
+    aws: FaultyAccount, monkeypatch: pytest.MonkeyPatch, known: bool
+) -> None:
+    async with driver_in(aws) as opened:
+        await opened.create(spec("a-1"), Report())
+        aws.faults.hidden_s = 3600
+        monkeypatch.setattr(instances, "LAG", 0.0)
+        async with asyncio.timeout(10):
+            assert "is gone" in (await opened.wait("a-1")).reason
+        monkeypatch.setattr(instances, "LAG", 0.3)
+        if not known:
+            aws.fail("ec2:TerminateInstances", "InvalidInstanceID.NotFound", "There is none.", times=None)
+        async with asyncio.timeout(10):
+            await opened.destroy("a-1")
+        assert aws.count("ec2:TerminateInstances") == 1
+        assert (await states(aws) == {}) is known
+
+
 async def test_an_instance_is_ended_also_before_ec2_knows_of_it(aws: FaultyAccount) -> None:
     aws.faults.hidden_s = 1.0
     aws.fail("ec2:TerminateInstances", "InvalidInstanceID.NotFound", "Not yet.")

@@ -252,14 +252,21 @@ class Desktops:
         return [told for page in pages for told in page["Instances"]]
 
     async def _end(self, instance_id: str) -> None:
-        """Return when it is seen to have ended. What EC2 does not know yet is told again to end."""
+        """Return when it is seen to have ended. What EC2 does not know yet is told again to end; what is only taken for
+        gone, since answers left it out, is told as well, and EC2 must say itself that there is no such instance."""
         seen = self._instances.get(instance_id)
-        while not seen.ended:
+        told = False
+        while seen.state != "terminated" and not (told and seen.ended):
             try:
                 await self._cloud.call("ec2", "terminate_instances", within=CALL, InstanceIds=[instance_id])
             except CloudRefused as refusal:
                 if refusal.facts.get("aws_code") != "InvalidInstanceID.NotFound":
                     raise
+                if seen.ended:
+                    break
+            else:
+                told = True
+                self._instances.launched(Seen(instance_id, "", "shutting-down"))
             with anyio.move_on_after(AGAIN):
                 await self._instances.fresh()
                 seen = await self._instances.until(instance_id, lambda seen: seen.state == "shutting-down")

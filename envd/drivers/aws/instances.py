@@ -86,8 +86,8 @@ class Instances:
         return iter(self._seen.values())
 
     def launched(self, seen: Seen) -> None:
-        """Know of an instance before EC2 tells of it."""
-        if seen.id not in self._seen:
+        """Know of an instance before EC2 tells of it, or again after it was taken for gone."""
+        if self.get(seen.id).state == GONE:
             self._seen[seen.id] = seen
             self._absent_since[seen.id] = time.monotonic()
 
