@@ -22,6 +22,8 @@ import aiohttp
 
 from envd.daemon import bound, locked
 
+ROOT = Path(__file__).parent.parent
+"""Daemons under test run the code that the tests lie beside, whatever is installed."""
 Kind = Literal["serve", "hypercorn", "hypercorn in-process"]
 
 TO_START = 30.0
@@ -168,7 +170,7 @@ class DaemonProcess:
 def environment(state_dir: Path, extra: Mapping[str, str] | None = None) -> dict[str, str]:
     """Ours, without settings of whoever runs the tests. An empty value in `extra` takes a name out."""
     mine = {name: value for name, value in os.environ.items() if not name.startswith(("ENVD_", "PYTHON"))}
-    made = mine | {"PROVIDER": "sim", "ENVD_STATE_DIR": str(state_dir)} | dict(extra or {})
+    made = mine | {"PROVIDER": "sim", "ENVD_STATE_DIR": str(state_dir), "PYTHONPATH": str(ROOT)} | dict(extra or {})
     return {name: value for name, value in made.items() if value}
 
 
