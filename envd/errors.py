@@ -5,9 +5,9 @@
     ├── RequestError          the caller must change something            fault: client
     │   └── MalformedJson, InvalidRequest, BodyTooLarge, NotFound, MethodNotAllowed, Unauthorized, Forbidden,
     │       MisdirectedRequest, TooManyRequests, UnknownEnv, UnknownJob, NoEpisode, EpisodeOver, EnvBusy, JobCancelled,
-    │       JobSuperseded, EvaluationCancelled
+    │       JobSuperseded, EvaluationCancelled, KeyReused, StepRepeated, StepGap, Leased
     ├── CapacityError         nobody can be served just now               fault: capacity
-    │   └── QueueFull, Draining, StillBooting, JobExpired, TooManyWatchers
+    │   └── QueueFull, Draining, StillBooting, JobExpired, TooManyWatchers, DiskLow, DeadlinePassed
     ├── InfraError            a machine or a library failed               fault: infra
     │   ├── BootFailed, BootTimeout, InstanceDied, DesktopLost, GuestUnreachable, GuestMisbehaved, ServerUnreachable,
     │   │   AssetUnavailable, EvaluatorError, EvaluationExpired, InternalError
@@ -252,6 +252,31 @@ class EvaluationCancelled(RequestError):
     status = 409
 
 
+class KeyReused(RequestError):
+    status = 422
+    code = "idempotency_key_reused"
+    title = "The idempotency key belongs to another request"
+
+
+class StepRepeated(RequestError):
+    status = 409
+    code = "step_repeated"
+    title = "A step of that number was another one"
+
+
+class StepGap(RequestError):
+    status = 409
+    code = "step_gap"
+    title = "Steps before this one are missing"
+
+
+class Leased(RequestError):
+    status = 423
+    code = "leased"
+    title = "The env is leased to somebody else"
+    retryable = True
+
+
 class CapacityError(EnvdError):
     code = "no_capacity"
     title = "Nobody can be served just now"
@@ -285,6 +310,18 @@ class JobExpired(CapacityError):
 class TooManyWatchers(CapacityError):
     code = "too_many_watchers"
     title = "Too many event streams are open"
+
+
+class DiskLow(CapacityError):
+    code = "disk_low"
+    title = "The daemon cannot keep what it would promise"
+
+
+class DeadlinePassed(CapacityError):
+    """Of the caller, not of the work: that goes on, and its answer is had by the same call with the same key."""
+
+    code = "deadline_passed"
+    title = "The answer was not there within the caller's time"
 
 
 class InfraError(EnvdError):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import secrets
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
@@ -30,21 +29,23 @@ class EventLog:
     """Append-only. `ring` events stay at hand for followers that reconnect."""
 
     def __init__(self, store: Store | None = None, ring: int = 8192) -> None:
-        self.epoch = secrets.token_hex(4)
         self._store = store or MemoryStore()
-        self._ring: deque[Event] = deque(maxlen=ring)
-        self._sequence = 0
+        self.epoch = self._store.epoch
+        self._ring: deque[Event] = deque(self._store.events(), maxlen=ring)
+        self._sequence = self._lasting = self._ring[-1].sequence if self._ring else 0
         self._changed = asyncio.Event()
         self._closed = False
+        self._store.on_lasting(self._is_lasting)
 
     @property
     def last(self) -> int:
-        """The sequence number of the newest event; 0 before the first."""
-        return self._sequence
+        """The sequence number of the newest event that is shown to followers: one that the next life of the daemon will
+        have, too. 0 before the first."""
+        return self._lasting
 
     @property
     def last_id(self) -> str:
-        return f"{self.epoch}-{self._sequence}"
+        return f"{self.epoch}-{self._lasting}"
 
     @property
     def closed(self) -> bool:
@@ -62,7 +63,7 @@ class EventLog:
         """Append an event and wake the followers. `data` must be JSON values."""
         self._sequence += 1
         event = Event(
-            id=self.last_id,
+            id=f"{self.epoch}-{self._sequence}",
             kind=kind,
             at=time.time(),
             job_id=job.id if job else None,
@@ -72,11 +73,17 @@ class EventLog:
             data=data,
         )
         self._ring.append(event)
-        self._store.append(event)
         self._log(event)
+        self._store.append(event)
+        return event
+
+    def _is_lasting(self, sequence: int) -> None:
+        self._lasting = sequence
+        self._wake()
+
+    def _wake(self) -> None:
         self._changed.set()
         self._changed = asyncio.Event()
-        return event
 
     def sequence_of(self, event_id: str | None) -> int | None:
         """The sequence number in one of our own ids; None for one that we never gave out, or none at all."""
@@ -84,7 +91,7 @@ class EventLog:
         if epoch != self.epoch or re.fullmatch("[0-9]{1,18}", number) is None:
             return None
         sequence = int(number)
-        return sequence if sequence <= self._sequence else None
+        return sequence if sequence <= self._lasting else None
 
     def missed(self, after: int) -> bool:
         """Whether events following `after` have already left the ring."""
@@ -108,11 +115,11 @@ class EventLog:
         while not self.missed(after):
             changed = self._changed
             batch = [event for event in self._after(after) if wanted(event)]
-            after = self._sequence
+            after = max(after, self._lasting)
             if batch:
                 yield batch
                 spoke = time.monotonic()
-            elif self._closed:
+            elif self._closed and self._lasting >= self._sequence:
                 return
             else:
                 try:
@@ -125,11 +132,13 @@ class EventLog:
     def close(self) -> None:
         """End every follower once it has read what is there."""
         self._closed = True
-        self._changed.set()
+        self._wake()
 
     def _after(self, sequence: int) -> list[Event]:
-        wanted = min(self._sequence - sequence, len(self._ring))
-        return [self._ring[index] for index in range(len(self._ring) - wanted, len(self._ring))] if wanted > 0 else []
+        """Up to the last that lasts."""
+        end = len(self._ring) - (self._sequence - self._lasting)
+        wanted = min(self._lasting - sequence, end)
+        return [self._ring[index] for index in range(end - wanted, end)] if wanted > 0 else []
 
     def _log(self, event: Event) -> None:
         facts = {key: value for key in ("job_id", "env", "desktop_id") if (value := getattr(event, key)) is not None}

@@ -433,6 +433,11 @@ class Event(Model):
     data: dict[str, Any] = {}
 
     @property
+    def sequence(self) -> int:
+        """How many events there were before it in its epoch, and 1."""
+        return int(self.id.rpartition("-")[2])
+
+    @property
     def terminal(self) -> bool:
         """Whether this is the last event of its job."""
         return self.kind == "state" and self.job is not None and self.job.state.terminal

@@ -28,9 +28,10 @@ from .episodes import Envs
 from .errors import Draining, EnvBusy, InvalidRequest, SettingsError
 from .evaluations import Evaluations
 from .events import EventLog
+from .journal import Journal
 from .models import Env, Job, StepRequest, StepResult, Verdict
 from .settings import Settings, variable
-from .store import MemoryStore, Store
+from .store import Store
 from .tasks.abilities import Abilities
 from .tasks.assets import Assets
 from .tasks.evaluating import Evaluators
@@ -208,10 +209,10 @@ async def open_service(settings: Settings, daemon_id: str, driver: Driver | None
     """A service with everything it needs open. Raises StartError when the provider cannot be used."""
     await anyio.to_thread.run_sync(refuse_unreadable, settings)
     access = await anyio.to_thread.run_sync(access_of, settings, os.environ)
-    store = MemoryStore()
     # The daemon itself bounds every call, and one desktop must not be able to use up all connections.
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=30)
     async with (
+        Journal.open(settings) as store,
         aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session,
         Bundles.open(settings) as bundles,
     ):

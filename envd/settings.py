@@ -167,6 +167,14 @@ class Settings(BaseSettings):
     """How long it is kept."""
     bundle_limit: int = Field(default=256 * 1024**2, ge=1024**2)
     """Bytes that one episode's evidence may take."""
+    journal_days: float = Field(default=7, gt=0)
+    """How long ended jobs and verdicts are kept. Answers to idempotency keys: 24 hours."""
+    journal_jobs: int = Field(default=10_000, ge=1)
+    """Ended jobs that are kept."""
+    journal_limit: Annotated[int, BeforeValidator(_bytes), Field(ge=16 * 1024**2)] = 1024**3
+    """Bytes that the journal may take; beyond, old answers are forgotten."""
+    keep_desktops: bool = False
+    """Leave desktops, episodes and jobs as they are when the daemon ends, for its next start."""
     prompt_file: UserPath | None = None
     """Prompt template your model was trained with; must contain {instruction}. Unset: envd's own."""
     min_pixels: int = Field(default=3136, ge=784)

@@ -49,6 +49,8 @@ class EventStream:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
         service: Service = scope["app"].state.service
+        # What a snapshot tells, the next life of the daemon knows, too.
+        await service.store.settle()
         try:
             stream = _open(request, service)
         except EnvdError as error:

@@ -177,10 +177,10 @@ class Driver(ABC):
         return None
 
     async def adopt(self, instance_id: str, report: Report) -> Made | None:
-        """Take over an instance of an earlier life of this daemon that is booting or ready, as if `create` had just made
-        it: from here on `wait`, `console`, `log_tail` and `destroy` know it. Its ports need not answer yet.
+        """Take over an instance of an earlier life of this daemon that is booting or ready, as if `create` had just
+        made it: from here on `wait`, `console`, `log_tail` and `destroy` know it. Its ports need not answer yet.
 
-        None if it is not there, has died, or cannot be taken over; whatever is left of it is then destroyed. Also raises
+        None if it is not there, has died, or cannot be taken over; whatever is left of it is then destroyed. Raises
         InfraError when the provider does not say. A driver whose instances end with the daemon adopts none.
         """
         return None
