@@ -6,12 +6,13 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import stat
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -37,6 +38,8 @@ GOING = ".going-"
 """What a bundle is called while it is removed."""
 TEMPORARY = ".tmp"
 DEPTH = 20
+SUFFIXES = (".png", ".jpg", ".bin")
+"""Of pictures, and of what was sent for one."""
 SHORTEST_SECRET = 4
 
 
@@ -56,7 +59,6 @@ class Folder:
         self._used = 0
         self._facts: dict[str, Any] = {}
         self._stale = False
-        self._steps = 0
         self._frames: dict[int, str] = {}
         self._dropped: Counter[str] = Counter()
         self._incomplete: list[str] = []
@@ -72,6 +74,19 @@ class Folder:
                 # A mistake of ours must not cost an episode more than evidence.
                 logger.exception("evidence could not be put into words", bundle=str(self._path))
                 self._failed(f"a mistake of envd: {error!r}")
+
+    def resume(self) -> None:
+        """Go on with a bundle that an earlier life of the daemon began. Raises OSError, ValueError."""
+        told = json.loads((self._path / "episode.json").read_bytes())
+        mine = ("format", "episode_id", "bytes", "dropped", "incomplete")
+        self._facts = {name: value for name, value in told.items() if name not in mine}
+        self._dropped, self._incomplete = Counter(told["dropped"]), list(told["incomplete"])
+        self._sizes = {name: path.stat().st_size for name, path in regular_files(self._path)}
+        self._used = sum(self._sizes.values())
+        self._frames = {
+            int(Path(name).stem): name for name in self._sizes if re.fullmatch(r"frames/[0-9]{4,}\.[a-z]+", name)
+        }
+        self._made = True
 
     # -- writes -------------------------------------------------------------------------------------------------
 
@@ -228,6 +243,13 @@ class Folder:
 
 def _encoded(text: str) -> bytes:
     return f"{text}\n".encode(errors="replace")
+
+
+def find_frame(folder: Path, number: int) -> bytes | None:
+    for suffix in SUFFIXES:
+        with suppress(OSError), _opened(folder / f"frames/{number:04d}{suffix}") as file:
+            return file.read()
+    return None
 
 
 def list_bundles(root: Path) -> list[tuple[float, str]]:

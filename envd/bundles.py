@@ -45,7 +45,7 @@ import structlog
 from anyio.abc import TaskGroup
 from pydantic import ValidationError
 
-from .bundle_files import Folder, Write, list_bundles, remove_bundle, remove_leftovers, tar
+from .bundle_files import Folder, Write, find_frame, list_bundles, remove_bundle, remove_leftovers, tar
 from .errors import NotFound
 from .models import SetupRecord, StepResult, Verdict
 from .settings import Settings
@@ -107,6 +107,23 @@ class Bundles:
         await bundle.about({**about, "began_at": time.time(), "closed_at": None})
         bundle.put(0, Folder.document, "task.json", task)
         return bundle
+
+    async def resume(self, episode_id: str) -> Bundle | None:
+        """The bundle of an episode that goes on; None when it is not there, or cannot be read."""
+        folder = Folder(self._root / episode_id, self._settings)
+        try:
+            await self._in_thread(folder.resume)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            logger.warning("evidence cannot be read", episode_id=episode_id, error=str(error)[:500])
+            return None
+        return Bundle(self, episode_id, folder)
+
+    async def frame(self, episode_id: str, number: int) -> bytes | None:
+        """The picture that step `number` answered, 0 for the first observation; None when it is not kept."""
+        assert EPISODE_ID.fullmatch(episode_id), episode_id
+        if bundle := self._open.get(episode_id):
+            await bundle.flushed()
+        return await self._in_thread(find_frame, self._root / episode_id, number)
 
     async def ids(self) -> list[str]:
         """Episodes that have a bundle, the one that was written to last first."""

@@ -3,6 +3,10 @@
 An env is changed by its resets (the boot queue calls `vacate`, `begin`, `abandon`) and by at most one step at a
 time. A desktop that dies or is taken away ends the step that runs on it; nothing that was sent to a guest is sent
 again.
+
+An episode outlives the daemon with its desktop: what its verdict and its next step need is in the journal and in its
+bundle before anybody is told of it, and a step is there before its input is sent. One that the daemon's end cut short
+is ended by its next life as a step whose answer was lost.
 """
 
 from __future__ import annotations
@@ -11,13 +15,14 @@ import base64
 import io
 import secrets
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import aiohttp
 import anyio
+import structlog
 from PIL import Image
 
 from .acting import Sight, act, as_told, plan, shaped_reward, sight
@@ -34,10 +39,15 @@ from .errors import (
     EpisodeOver,
     GuestMisbehaved,
     NoEpisode,
+    NotFound,
     SetupFailed,
+    StepGap,
+    StepRepeated,
     UnknownEnv,
+    from_problem,
 )
 from .events import EventLog
+from .guest import Guest
 from .models import (
     ActionOutcome,
     ActionResult,
@@ -55,15 +65,20 @@ from .models import (
     StepRequest,
     StepResult,
 )
+from .records import KeptAnswer, KeptPlay, KeptStep
 from .settings import Settings
 from .settle import settle
+from .store import Kind, Store
 from .tasks.assets import Assets
 from .tasks.setup.context import Context
 from .tasks.setup.proxy import proxy
 from .tasks.setup.runner import run as run_steps
 from .tasks.task import Task
 
+logger = structlog.get_logger(__name__)
+
 T = TypeVar("T")
+Act = Callable[..., Awaitable[ActionResult]]
 
 INSTRUCTION_KEPT = 2000
 """Characters of the instruction that an env is shown with. The model is shown all of it."""
@@ -80,7 +95,9 @@ class Play:
     proxied   Chrome was given a proxy
     warnings  of the set-up, and of actions that the desktop did not take
     last_seen the first picture since something was done to the screen, and when (monotonic) it was taken
+    settled   how the screen came to rest before it began
     replaced  a reset has taken the desktop away
+    interrupted  the daemon ended while it was judged, when something may have been done to the desktop for that
     """
 
     job_id: str
@@ -90,8 +107,22 @@ class Play:
     warnings: tuple[str, ...]
     browser: str = ""
     proxied: bool = False
+    settled: Settled | None = None
     last_seen: tuple[bytes, float] | None = None
     replaced: bool = False
+    interrupted: bool = False
+
+    def kept(self, *, judging: bool = False) -> KeptPlay:
+        return KeptPlay(
+            job_id=self.job_id,
+            task=dict(self.task.raw),
+            outputs=KeptPlay.packed(self.outputs),
+            warnings=self.warnings,
+            browser=self.browser,
+            proxied=self.proxied,
+            settled=self.settled,
+            judging=judging or self.interrupted,
+        )
 
 
 @dataclass(frozen=True)
@@ -146,12 +177,21 @@ class _Playing:
         return self.slot.episode
 
 
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """How a step was sent. `key` is its idempotency key, `fingerprint` the same for steps that ask for the same."""
+
+    fingerprint: str = ""
+    key: str = ""
+
+
 class Envs:
     def __init__(
         self,
         settings: Settings,
         fleet: Fleet,
         events: EventLog,
+        store: Store,
         template: PromptTemplate,
         assets: Assets,
         bundles: Bundles,
@@ -160,6 +200,7 @@ class Envs:
         self._settings = settings
         self._fleet = fleet
         self._events = events
+        self._store = store
         self._template = template
         self._assets = assets
         self._bundles = bundles
@@ -221,6 +262,13 @@ class Envs:
             self._with_desktop(slot.id)
             self._end_episode(slot, EndReason.EVALUATED)
             yield Judged(slot.episode, self._desktop(slot), self)
+
+    async def is_being_judged(self, judged: Judged) -> None:
+        """From here on something may be done to the desktop for its verdict, which is not done a second time."""
+        slot = self._slot(judged.episode.env)
+        if slot.play is not None and slot.episode is not None and slot.episode.id == judged.episode.id:
+            self._store.put(Kind.PLAYS, judged.episode.id, slot.play.kept(judging=True))
+            await self._store.settle()
 
     def context(self, desktop: Desktop, record: Callable[[SetupRecord], None]) -> Context:
         """What steps of a set-up or a post-configuration need to run on `desktop`."""
@@ -304,6 +352,7 @@ class Envs:
             warnings.append(f"the screen was still changing when it was first looked at, after {settled.seconds:.1f} s")
         await bundle.frame(0, picture)
         await bundle.about({"warnings": warnings, "settled": settled.model_dump(mode="json")})
+        await bundle.flushed()
         # It may have died after its last answer and before this line, when nothing tied it to the env yet. From here
         # on nothing is awaited until it is.
         now = self._fleet.get(desktop.id)
@@ -325,16 +374,27 @@ class Envs:
             screen=size,
             reset_path=job.reset_path or ResetPath.COLD,
         )
-        pixels = {"min_pixels": self._settings.min_pixels, "max_pixels": self._settings.max_pixels}
-        slot.dialogue = Dialogue(task.instruction, template=self._template, **pixels)
+        play = Play(job.id, task, bundle, context.outputs, tuple(warnings), browser[0], context.proxied, settled)
+        play.last_seen = picture, time.monotonic()
+        self._tie(slot, episode, play)
+        assert slot.dialogue is not None
         slot.dialogue.saw(picture)
-        slot.frame = Frame(*size, **pixels)
-        slot.play = Play(job.id, task, bundle, context.outputs, tuple(warnings), browser[0], context.proxied)
-        slot.play.last_seen = picture, time.monotonic()
-        slot.episode, slot.desktop_id, slot.state, slot.detail = episode, desktop.id, EnvState.PLAYING, ""
+        slot.desktop_id, slot.state, slot.detail = desktop.id, EnvState.PLAYING, ""
+        self._store.put(Kind.PLAYS, episode.id, play.kept())
+        self._keep(slot)
         self._tell(slot, "episode", state="began", episode_id=episode.id, warnings=warnings, message="episode began")
         self.on_began(task)
         return Beginning(episode.id, tuple(warnings), settled)
+
+    def _tie(self, slot: _Slot, episode: Episode, play: Play) -> None:
+        """The episode to its env, with nothing seen yet."""
+        pixels = {"min_pixels": self._settings.min_pixels, "max_pixels": self._settings.max_pixels}
+        slot.dialogue = Dialogue(play.task.instruction, template=self._template, **pixels)
+        slot.frame = Frame(*episode.screen, **pixels)
+        slot.episode, slot.play = episode, play
+
+    def _keep(self, slot: _Slot) -> None:
+        self._store.put(Kind.EPISODES, str(slot.id), slot.episode)
 
     async def _prepare_proxy(self, task: Task, context: Context) -> list[str]:
         """What a task's own `proxy` flag asks for, before its steps. Warnings."""
@@ -364,15 +424,110 @@ class Envs:
         if slot.state is EnvState.RESETTING:
             slot.state, slot.detail, slot.desktop_id = EnvState.EMPTY, f"{job.id} ended {job.state}", None
 
+    def began(self, job: Job) -> Beginning | None:
+        slot = self._slots[job.env] if job.env is not None and job.env < len(self._slots) else None
+        if slot is None or slot.play is None or slot.episode is None or slot.play.job_id != job.id:
+            return None
+        return Beginning(slot.episode.id, slot.play.warnings, slot.play.settled)
+
+    # -- taking up what an earlier life left ---------------------------------------------------------------------
+
+    async def plays_on(self) -> set[str]:
+        """Ids of the desktops that episodes of an earlier life are on."""
+        kept = await self._store.all(Kind.EPISODES, Episode)
+        return {episode.desktop_id for episode in kept.values() if episode.env < len(self._slots)}
+
+    async def recover(self, read: Callable[[Mapping[str, Any]], Task | None]) -> None:
+        """Take up every episode, where its desktop is there still: the next step goes on with it. `read` makes a task
+        of its file, or None."""
+        kept = await self._store.all(Kind.EPISODES, Episode)
+        plays = await self._store.all(Kind.PLAYS, KeptPlay)
+        for number, episode in kept.items():
+            play = plays.pop(episode.id, None)
+            task = read(play.task) if play is not None else None
+            bundle = await self._bundles.resume(episode.id)
+            if episode.env >= len(self._slots) or play is None or task is None or bundle is None:
+                logger.warning("an episode cannot be taken up", episode_id=episode.id, env=number)
+                self._store.put(Kind.EPISODES, number, None)
+                self._store.put(Kind.PLAYS, episode.id, None)
+                self._fleet.retire(episode.desktop_id, "its episode cannot be taken up")
+                continue
+            await self._take_up(self._slots[episode.env], episode, play, task, bundle)
+        for episode_id in plays:
+            self._store.put(Kind.PLAYS, episode_id, None)
+
+    async def _take_up(self, slot: _Slot, episode: Episode, kept: KeptPlay, task: Task, bundle: Bundle) -> None:
+        play = Play(kept.job_id, task, bundle, kept.unpacked(), kept.warnings, kept.browser, kept.proxied, kept.settled)
+        play.interrupted = kept.judging
+        self._tie(slot, episode, play)
+        slot.desktop_id = episode.desktop_id
+        steps = await self._store.all(Kind.STEPS, KeptStep, prefix=f"{episode.id}/")
+        cut_short = [step for step in steps.values() if step.result is None and step.problem is None]
+        desktop = self._fleet.get(episode.desktop_id)
+        why = "it did not outlive the daemon"
+        if desktop is not None and desktop.state is DesktopState.IN_USE:
+            if await self._remember(slot, list(steps.values())):
+                slot.state = EnvState.PLAYING
+                self._tell(slot, "episode", state="resumed", message="episode goes on after a restart")
+                for step in cut_short:
+                    await self._end_cut_short(slot, desktop, step)
+                return
+            why = "pictures of its episode are not kept"
+            self._fleet.retire(episode.desktop_id, why)
+        slot.state, slot.detail = EnvState.LOST, why
+        self._end_episode(slot, EndReason.LOST)
+        for step in cut_short:
+            self._keep_step(episode.id, step, problem=_lost(episode.desktop_id))
+
+    async def _remember(self, slot: _Slot, steps: Sequence[KeptStep]) -> bool:
+        """The dialogue as it was, from what was said and the pictures in the bundle. False if one is missing."""
+        assert slot.dialogue is not None
+        assert slot.episode is not None
+        first = await self._bundles.frame(slot.episode.id, 0)
+        if first is None:
+            return False
+        slot.dialogue.saw(first)
+        for step in steps:
+            if step.turns is not None:
+                slot.dialogue.said(step.said)
+            if step.shown:
+                picture = await self._bundles.frame(slot.episode.id, step.number)
+                if picture is None:
+                    return False
+                slot.dialogue.saw(picture)
+            if step.turns not in (None, len(slot.dialogue)):
+                return False
+        return True
+
+    async def _end_cut_short(self, slot: _Slot, desktop: Desktop, step: KeptStep) -> None:
+        """A step that was begun when the daemon ended. What was sent may have run; it is not sent again."""
+        assert slot.episode is not None
+        assert slot.dialogue is not None
+        assert slot.play is not None
+        playing = _Playing(slot, slot.episode.id, slot.dialogue, slot.play)
+        actions = list(step.actions) if step.actions is not None else None
+        request = StepRequest.model_construct(prediction=step.prediction, actions=actions, include_screenshot=False)
+        # Counted already, if it got so far.
+        slot.episode = slot.episode.model_copy(update={"steps": step.number - 1})
+        with self._taken(slot, "a step"):
+            try:
+                await self._while_alive(desktop.id, lambda: self._step(playing, desktop, request, step, act=_cut_short))
+            except EnvdError as error:
+                logger.warning("what a step left cannot be seen", env=slot.id, step=step.number, error=error.detail)
+
     # -- steps --------------------------------------------------------------------------------------------------
 
-    async def step(self, env: int, request: StepRequest) -> StepResult:
+    async def step(self, env: int, request: StepRequest, sent: Sent = Sent()) -> StepResult:
         """Run what the model said, wait, and look. Input is sent once, whatever happens.
 
-        A program that fails in the guest is reported in its `ActionResult`, and the episode goes on. Raises
-        EpisodeOver, EnvBusy, NoEpisode, DesktopLost; GuestUnreachable when no picture can be had afterwards (its
-        facts carry the action results).
+        A program that fails in the guest is reported in its `ActionResult`, and the episode goes on. A step that says
+        its number and comes again is answered as it was. Raises EpisodeOver, EnvBusy, NoEpisode, DesktopLost,
+        StepRepeated, StepGap; GuestUnreachable when no picture can be had afterwards (its facts carry the action
+        results).
         """
+        slot = self._slot(env)
+        if request.step is not None and slot.episode is not None and request.step <= slot.episode.steps:
+            return await self._again(slot.episode, request.step, request, sent)
         slot = self._with_desktop(env)
         if slot.episode is None or slot.dialogue is None or slot.play is None:
             raise NoEpisode(f"Env {env} has no episode.", hint="Reset it first.")
@@ -384,12 +539,82 @@ class Envs:
                 hint="Evaluate it or reset the env.",
                 end_reason=slot.episode.end_reason,
             )
+        number = slot.episode.steps + 1
+        if request.step is not None and request.step > number:
+            raise StepGap(
+                f"Step {request.step} was sent, and the episode of env {env} has come to step {slot.episode.steps}.",
+                hint="Send the steps in their order, each once the one before was answered.",
+                expected=number,
+            )
         playing = _Playing(slot, slot.episode.id, slot.dialogue, slot.play)
         with self._taken(slot, "a step"):
             desktop = self._desktop(slot)
-            return await self._while_alive(desktop.id, lambda: self._step(playing, desktop, request))
+            step = KeptStep(
+                number=number,
+                fingerprint=sent.fingerprint,
+                prediction=request.prediction,
+                actions=tuple(request.actions) if request.actions is not None else None,
+                pause_s=request.pause_s,
+            )
+            self._store.put(Kind.STEPS, KeptStep.id(playing.episode_id, number), step)
+            if sent.key:
+                answer = KeptAnswer.of_step(sent.fingerprint, playing.episode_id, number)
+                self._store.put(Kind.ANSWERS, sent.key, answer)
+            # Before any of it is sent: the next life of the daemon must not send it a second time.
+            await self._store.settle()
+            try:
+                return await self._while_alive(desktop.id, lambda: self._step(playing, desktop, request, step))
+            except EnvdError as error:
+                self._keep_step(playing.episode_id, step, problem=error)
+                if slot.episode is not None and slot.episode.id == playing.episode_id:
+                    self._keep(slot)
+                raise
 
-    async def _step(self, playing: _Playing, desktop: Desktop, request: StepRequest) -> StepResult:
+    def _keep_step(
+        self, episode_id: str, step: KeptStep, *, problem: EnvdError | None = None, **came_of_it: object
+    ) -> None:
+        told = problem.problem() if problem else None
+        kept = step.model_copy(update={"problem": told, **came_of_it})
+        self._store.put(Kind.STEPS, KeptStep.id(episode_id, step.number), kept)
+
+    async def _again(self, episode: Episode, number: int, request: StepRequest, sent: Sent) -> StepResult:
+        """A step that says which one it is, and was done already."""
+        kept = await self._store.get(Kind.STEPS, KeptStep.id(episode.id, number), KeptStep)
+        if kept is None or kept.fingerprint != sent.fingerprint:
+            raise StepRepeated(
+                f"Step {number} of the episode of env {episode.env} was done already, and was another one.",
+                hint="Number the steps of an episode from 1, without a gap.",
+                expected=episode.steps + 1,
+            )
+        return await self.answered(episode.id, number, with_picture=request.include_screenshot)
+
+    async def answered(self, episode_id: str, number: int, *, with_picture: bool) -> StepResult:
+        """A step as it was answered, with its picture if that is kept still. The guest is not asked. Raises what it
+        failed with; NotFound when it is no longer kept."""
+        kept = await self._store.get(Kind.STEPS, KeptStep.id(episode_id, number), KeptStep)
+        if kept is not None and kept.problem is not None:
+            raise from_problem(kept.problem)
+        if kept is None or kept.result is None:
+            raise NotFound(f"What step {number} of {episode_id} was answered is not kept.")
+        if not (with_picture and kept.pictured):
+            return kept.result
+        picture = await self._bundles.frame(episode_id, number)
+        return kept.result.model_copy(update={"screenshot": base64.b64encode(picture).decode() if picture else None})
+
+    async def messages_after(self, result: StepResult) -> bytes | None:
+        """The messages that a model is shown after a step, as JSON; None when the env plays another episode by now."""
+        slot = self._slot(result.env)
+        if slot.episode is None or slot.dialogue is None or slot.episode.id != result.episode_id:
+            return None
+        if slot.episode.steps == result.step:
+            return slot.dialogue.wire_json()
+        # It was asked for again, after steps that came later.
+        kept = await self._store.get(Kind.STEPS, KeptStep.id(result.episode_id, result.step), KeptStep)
+        return slot.dialogue.wire_json(kept.turns if kept else None)
+
+    async def _step(
+        self, playing: _Playing, desktop: Desktop, request: StepRequest, kept: KeptStep, act: Act = act
+    ) -> StepResult:
         began = time.monotonic()
         guest, console, source = self._fleet.guest(desktop), self._fleet.console(desktop), self._sight(desktop)
         problem, format_reward = "", 0.0
@@ -458,6 +683,19 @@ class Envs:
                 playing.play.last_seen = picture, time.monotonic()
             await playing.play.bundle.frame(result.step, picture)
         await playing.play.bundle.step(result, said)
+        # The next life of the daemon shows the model the same pictures.
+        await playing.play.bundle.flushed()
+        self._keep_step(
+            playing.episode_id,
+            kept,
+            result=result.model_copy(update={"screenshot": None}),
+            pictured=picture is not None,
+            shown=picture is not None and end is None,
+            turns=len(playing.dialogue),
+        )
+        if lost:
+            self._store.put(Kind.PLAYS, playing.episode_id, playing.play.kept())
+        self._keep(playing.slot)
         self._tell(playing.slot, "step", **as_told(result), message="step")
         if result.done:
             self._tell_end(playing.slot)
@@ -573,8 +811,12 @@ class Envs:
     def _end_episode(self, slot: _Slot, reason: EndReason) -> None:
         if slot.episode is not None and not slot.episode.done:
             slot.episode = slot.episode.model_copy(update={"done": True, "end_reason": reason})
+            self._keep(slot)
             self._tell_end(slot)
         if reason is EndReason.REPLACED:
+            if slot.episode is not None:
+                self._store.put(Kind.EPISODES, str(slot.id), None)
+                self._store.put(Kind.PLAYS, slot.episode.id, None)
             if slot.play is not None:
                 slot.play.replaced = True
                 slot.play.bundle.close()
@@ -590,6 +832,14 @@ class Envs:
     def _tell(self, slot: _Slot, kind: str, **data: Any) -> None:
         episode_id = slot.episode.id if slot.episode else None
         self._events.publish(kind, env=slot.id, desktop_id=slot.desktop_id, **{"episode_id": episode_id, **data})
+
+
+async def _cut_short(guest: Guest, step: Step, **how: object) -> ActionResult:
+    """In place of `act`, for what may have been sent when the daemon ended: nothing is done."""
+    if isinstance(step, Special):
+        return ActionResult(action=step, outcome=ActionOutcome.SPECIAL, seconds=0.0)
+    words = "The daemon ended in the middle of the step. What was sent may have run; it is not sent again."
+    return ActionResult(action=step.source or step.code, outcome=ActionOutcome.UNKNOWN, stderr=words, seconds=0.0)
 
 
 def warnings_of(records: list[SetupRecord], where: str) -> list[str]:

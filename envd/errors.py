@@ -10,7 +10,7 @@
     │   └── QueueFull, Draining, StillBooting, JobExpired, TooManyWatchers, DiskLow, DeadlinePassed
     ├── InfraError            a machine or a library failed               fault: infra
     │   ├── BootFailed, BootTimeout, InstanceDied, DesktopLost, GuestUnreachable, GuestMisbehaved, ServerUnreachable,
-    │   │   AssetUnavailable, EvaluatorError, EvaluationExpired, InternalError
+    │   │   AssetUnavailable, EvaluatorError, EvaluationExpired, EvaluationInterrupted, InternalError
     │   ├── (of BootFailed) DockerUnavailable, ImageMissing, DiskUnusable, PortConflict, NoSpace, OutOfMemory
     │   └── (of BootFailed) CloudRefused: NoCredentials, CredentialsExpired, NotAuthorized, AmiUnavailable,
     │       NetworkUnusable, InsufficientCapacity, QuotaExceeded, Throttled, CloudUnreachable, TtlUnavailable,
@@ -516,6 +516,11 @@ class EvaluatorError(InfraError):
 class EvaluationExpired(InfraError):
     code = "evaluation_expired"
     title = "The evaluation was not done in time"
+
+
+class EvaluationInterrupted(InfraError):
+    code = "evaluation_interrupted"
+    title = "The daemon ended while the episode was judged"
 
 
 class InternalError(InfraError):

@@ -24,6 +24,7 @@ from .errors import (
     EnvdError,
     EvaluationCancelled,
     EvaluationExpired,
+    EvaluationInterrupted,
     EvaluatorError,
     Fault,
     InfraError,
@@ -44,7 +45,7 @@ from .models import (
     VerdictStatus,
 )
 from .settings import Settings
-from .store import Store
+from .store import Kind, Store
 from .tasks.evaluating import Evaluators
 from .tasks.setup.runner import run as run_steps
 from .tasks.task import Task
@@ -114,7 +115,8 @@ class Evaluations:
                 pending.done.set()
 
     async def evaluate(self, env: int) -> Verdict:
-        """The verdict of the env's episode. The first caller has it found; it is found also when that caller leaves.
+        """The verdict of the env's episode. The first caller has it found; it is found also when that caller leaves,
+        and once, also over lives of the daemon.
 
         Raises NoEpisode, EnvBusy while resetting, Draining.
         """
@@ -133,7 +135,9 @@ class Evaluations:
     async def verdict(self, episode_id: str) -> Verdict:
         """One that was found, of an episode of any env. Raises NotFound."""
         pending = self._pending.get(episode_id)
-        found = pending.verdict if pending else await self._bundles.get_verdict(episode_id)
+        found = pending.verdict if pending else await self._store.get(Kind.VERDICTS, episode_id, Verdict)
+        if found is None and pending is None:
+            found = await self._bundles.get_verdict(episode_id)
         if found is None:
             raise NotFound(
                 f"There is no verdict of an episode {episode_id[:80]!r}: it was not evaluated, or is no longer kept."
@@ -152,11 +156,15 @@ class Evaluations:
 
     async def _find(self, episode: Episode, play: Play, pending: _Pending) -> None:
         try:
-            pending.verdict = await self._judge(episode, play)
-            with anyio.CancelScope(shield=True):
-                await play.bundle.verdict(pending.verdict)
-                await play.bundle.flushed()
-            self._tell(pending.verdict)
+            pending.verdict = await self._store.get(Kind.VERDICTS, episode.id, Verdict)
+            if pending.verdict is None:
+                pending.verdict = await self._judge(episode, play)
+                with anyio.CancelScope(shield=True):
+                    await play.bundle.verdict(pending.verdict)
+                    await play.bundle.flushed()
+                    self._store.put(Kind.VERDICTS, episode.id, pending.verdict)
+                    await self._store.settle()
+                self._tell(pending.verdict)
         finally:
             pending.done.set()
             self._forget()
@@ -174,6 +182,11 @@ class Evaluations:
         score: float | None = None
         error: EnvdError | None = None
         try:
+            if play.interrupted:
+                raise EvaluationInterrupted(
+                    "The daemon ended while this episode was judged, and what was done to its desktop for that is not "
+                    "done a second time."
+                )
             with anyio.fail_after(self._settings.evaluation_timeout):
                 score = await self._score(episode, play, findings)
         except TimeoutError:
@@ -219,6 +232,8 @@ class Evaluations:
             began = time.monotonic()
             context = self._envs.context(judged.desktop, findings.postconfig.append)
             context.outputs = play.outputs
+            if evaluator.postconfig:
+                await self._envs.is_being_judged(judged)
             try:
                 await run_steps(evaluator.postconfig, context)
             finally:

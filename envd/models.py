@@ -413,6 +413,11 @@ class StepRequest(BaseModel):
         default=None, ge=0, le=60, description="Wait after each action; default ENVD_ACTION_PAUSE."
     )
     include_screenshot: bool = True
+    step: int | None = Field(
+        default=None,
+        ge=1,
+        description="Its number in the episode, from 1. Sent again it is answered as it was; out of order refused.",
+    )
 
 
 class Event(Model):

@@ -16,26 +16,31 @@ import aiohttp
 import anyio
 import anyio.to_thread
 import structlog
+from anyio.abc import TaskGroup
 
 from .access import Access, access_of
 from .actions.dialogue import DEFAULT_TEMPLATE, PromptTemplate
 from .boot.fleet import Fleet
 from .boot.queue import BootQueue, Reset
 from .bundles import Bundles
+from .calls import UNMARKED, Calls, Sent
 from .drivers import make_driver
 from .drivers.base import Driver
 from .episodes import Envs
-from .errors import Draining, EnvBusy, InvalidRequest, SettingsError
+from .episodes import Sent as StepSent
+from .errors import DiskLow, Draining, EnvBusy, InvalidRequest, NotFound, SettingsError
 from .evaluations import Evaluations
 from .events import EventLog
 from .journal import Journal
-from .models import Env, Job, StepRequest, StepResult, Verdict
+from .models import DesktopState, Env, Job, JobState, StepRequest, StepResult, Verdict
+from .records import KeptAnswer, KeptDesktop, KeptReset
 from .settings import Settings, variable
-from .store import Store
+from .store import Kind, Store
 from .tasks.abilities import Abilities
 from .tasks.assets import Assets
 from .tasks.evaluating import Evaluators
-from .tasks.schema import parse
+from .tasks.schema import examine, parse
+from .tasks.task import NO_TASK
 
 logger = structlog.get_logger(__name__)
 
@@ -65,9 +70,10 @@ class Service:
         self.events = events
         self.daemon_id = daemon_id
         self.access = access
-        self.fleet = Fleet(driver, settings, events, session, daemon_id)
+        self.fleet = Fleet(driver, settings, store, events, session, daemon_id)
         self.bundles = bundles
-        self.envs = Envs(settings, self.fleet, events, load_template(settings), assets, bundles, session)
+        self.envs = Envs(settings, self.fleet, events, store, load_template(settings), assets, bundles, session)
+        self.calls = Calls(store)
         self.evaluations = Evaluations(settings, driver, self.envs, store, bundles, evaluators, events)
         self.evaluators = evaluators
         self.abilities = Abilities.of(settings, has_asset=assets.has_now, ocr=evaluators.ocr)
@@ -75,83 +81,170 @@ class Service:
         self.started_at = time.time()
         self.draining = anyio.Event()
         self.streams = 0
-        self._running = False
+        self._running = self._leaving = False
 
     async def run(self, started: Callable[[], None]) -> None:
-        """Recover, call `started`, serve until cancelled; then destroy every desktop that would die with us.
+        """Recover, call `started`, serve until cancelled; then destroy every desktop that would die with us, unless all
+        is left to the next life.
 
         Any exception that comes out of here is a bug of ours, and whoever runs this must end the process.
         """
         try:
             async with anyio.create_task_group() as tasks:
-                recovered, judging, consuming = anyio.Event(), anyio.Event(), anyio.Event()
-                tasks.start_soon(self.fleet.run, recovered)
-                await recovered.wait()
-                tasks.start_soon(self.evaluations.run, judging)
-                await judging.wait()
+                await self._recover(tasks)
                 wanted = self.settings.prewarm
                 if wanted or (wanted is None and self.driver.traits.prewarm):
                     self.queue.submit_prewarm()
-                tasks.start_soon(self.queue.run, consuming)
-                await consuming.wait()
+                for part in (self.calls.run, self.evaluations.run, self.queue.run):
+                    running = anyio.Event()
+                    tasks.start_soon(part, running)
+                    await running.wait()
                 self._running = True
                 started()
         finally:
             self._running = False
-            with anyio.move_on_after(CLEAR_LIMIT, shield=True):
-                await self.fleet.clear()
-            if left := [desktop.id for desktop in self.fleet.desktops()]:
-                logger.error("desktops could not be removed in time; the next start removes them", desktop_ids=left)
+            if not self._leaving:
+                with anyio.move_on_after(CLEAR_LIMIT, shield=True):
+                    await self.fleet.clear()
+                if left := [desktop.id for desktop in self.fleet.desktops()]:
+                    logger.error("desktops could not be removed in time; the next start removes them", desktop_ids=left)
+
+    async def _recover(self, tasks: TaskGroup) -> None:
+        """Take up what an earlier life left: desktops, then what is played on them, then jobs."""
+        playing = await self.envs.plays_on()
+        booting = {job.desktop_id for job in self.store.jobs() if _goes_on(job)}
+
+        def goes_on(kept: KeptDesktop) -> bool:
+            desktop = kept.desktop
+            match desktop.state:
+                case DesktopState.BOOTING:
+                    return desktop.id in booting
+                case DesktopState.READY:
+                    return desktop.env is None and desktop.endpoints is not None
+                case DesktopState.IN_USE:
+                    return desktop.id in playing and desktop.endpoints is not None
+            return False
+
+        self.fleet.goes_on = goes_on
+        recovered = anyio.Event()
+        tasks.start_soon(self.fleet.run, recovered)
+        await recovered.wait()
+        await self.envs.recover(lambda raw: examine(raw, self.abilities).task)
+        await self.queue.recover(self._asked_again)
+        await self.store.settle()
+
+    def _asked_again(self, kept: KeptReset) -> Reset:
+        return Reset(
+            task=parse(kept.task, self.abilities) if kept.task else NO_TASK,
+            max_steps=kept.max_steps,
+            counts=kept.counts,
+            episode_timeout_s=kept.episode_timeout_s,
+            queue_timeout_s=kept.queue_timeout_s,
+            owner=kept.owner,
+        )
 
     async def drain(self) -> None:
-        """Take no new work, wake whoever waits, let running steps finish for a moment, cancel the jobs, end the
-        streams."""
+        """Take no new work, wake whoever waits, let running steps finish for a moment, cancel the jobs or leave them to
+        the next life, end the streams."""
         if self.draining.is_set():
             return
         self.draining.set()
         with anyio.move_on_after(self.settings.drain_seconds):
             await self.envs.idle()
             await self.evaluations.idle()
-        self.queue.close()
-        with anyio.move_on_after(1):
-            await self.queue.idle()
+        if self.settings.keep_desktops:
+            self._leaving = True
+            self.queue.leave()
+            self.fleet.leave()
+        else:
+            self.queue.close()
+            with anyio.move_on_after(1):
+                await self.queue.idle()
         self.events.close()
 
     # -- what the routes call -----------------------------------------------------------------------------------
 
-    async def reset(self, env: int, task: Mapping[str, Any], how: Reset | None = None) -> Job:
-        """Accept a reset to `task`, an OSWorld task file, played as `how` says: the job is kept as durably as the store
-        can before this returns.
+    async def reset(self, env: int, task: Mapping[str, Any], how: Reset | None = None, sent: Sent = UNMARKED) -> Job:
+        """Accept a reset to `task`, an OSWorld task file, played as `how` says: the job is on disk before this returns.
 
-        Raises UnknownEnv, TaskInvalid, MissingRequirement, QueueFull, Draining; none of them changes anything.
+        Raises UnknownEnv, TaskInvalid, MissingRequirement, QueueFull, TooManyRequests, DiskLow, Draining; none of them
+        changes anything.
         """
-        self.refuse_when_draining()
-        self.envs.env(env)
-        job = self.queue.submit(env, replace(how or Reset(), task=parse(task, self.abilities)))
-        await self.store.commit()
-        return job
 
-    async def prewarm(self) -> Job:
-        """As `reset`, for no env. Raises QueueFull and Draining."""
-        self.refuse_when_draining()
-        job = self.queue.submit_prewarm()
-        await self.store.commit()
-        return job
+        def submit() -> Job:
+            self.envs.env(env)
+            asked = replace(how or Reset(), task=parse(task, self.abilities), owner=sent.owner)
+            return self.queue.submit(env, asked)
 
-    async def step(self, env: int, request: StepRequest) -> StepResult:
-        """See `Envs.step`. Refused also while a reset of the env waits: its caller has given this episode up."""
-        self.refuse_when_draining()
-        _, waiting = self.queue.of_env(env)
-        if waiting is not None:
-            raise EnvBusy(
-                f"A reset of env {env} waits ({waiting.id}).", hint="Wait for it or cancel it.", retry_after=1
+        return await self._accept(submit, sent)
+
+    async def prewarm(self, sent: Sent = UNMARKED) -> Job:
+        """As `reset`, for no env."""
+        return await self._accept(self.queue.submit_prewarm, sent)
+
+    async def _accept(self, submit: Callable[[], Job], sent: Sent) -> Job:
+        async def work() -> Job:
+            self.refuse_when_draining()
+            self._refuse_when_nothing_lasts()
+            job = submit()
+            if sent.key:
+                answer = KeptAnswer(fingerprint=sent.fingerprint, what="job", id=job.id)
+                self.store.put(Kind.ANSWERS, sent.key, answer)
+            try:
+                await self.store.commit()
+            except DiskLow:
+                # Nobody was told of it; whoever joined it meanwhile is told the same.
+                self.queue.cancel(job.id)
+                raise
+            return job
+
+        return await self.calls.do(sent, work, self._job_again)
+
+    async def _job_again(self, kept: KeptAnswer) -> Job:
+        return self.queue.get(kept.id)
+
+    def _refuse_when_nothing_lasts(self) -> None:
+        if trouble := self.store.trouble:
+            raise DiskLow(
+                f"No new work is taken: {trouble}.", hint="Make room on that disk (ENVD_STATE_DIR).", retry_after=30
             )
-        return await self.envs.step(env, request)
 
-    async def evaluate(self, env: int) -> Verdict:
+    async def step(self, env: int, request: StepRequest, sent: Sent = UNMARKED) -> StepResult:
+        """See `Envs.step`. Refused also while a reset of the env waits: its caller has given this episode up."""
+
+        async def work() -> StepResult:
+            self.refuse_when_draining()
+            _, waiting = self.queue.of_env(env)
+            if waiting is not None:
+                raise EnvBusy(
+                    f"A reset of env {env} waits ({waiting.id}).", hint="Wait for it or cancel it.", retry_after=1
+                )
+            return await self.envs.step(env, request, StepSent(sent.fingerprint, sent.key))
+
+        async def again(kept: KeptAnswer) -> StepResult:
+            return await self.envs.answered(kept.id, kept.step, with_picture=request.include_screenshot)
+
+        return await self.calls.do(sent, work, again)
+
+    async def evaluate(self, env: int, sent: Sent = UNMARKED) -> Verdict:
         """See `Evaluations.evaluate`."""
-        self.refuse_when_draining()
-        return await self.evaluations.evaluate(env)
+
+        async def work() -> Verdict:
+            self.refuse_when_draining()
+            episode, _ = self.envs.played(env)
+            if sent.key:
+                answer = KeptAnswer(fingerprint=sent.fingerprint, what="verdict", id=episode.id)
+                self.store.put(Kind.ANSWERS, sent.key, answer)
+            return await self.evaluations.evaluate(env)
+
+        async def again(kept: KeptAnswer) -> Verdict:
+            try:
+                return await self.evaluations.verdict(kept.id)
+            except NotFound:
+                # It was cut short before there was one.
+                return await work()
+
+        return await self.calls.do(sent, work, again)
 
     def refuse_other_screen(self, screen: tuple[int, int] | None) -> None:
         """Raise InvalidRequest unless desktops have the screen that a caller counts on."""
@@ -176,6 +269,8 @@ class Service:
             reasons.append("the daemon is shutting down")
         elif not self._running:
             reasons.append("the boot queue does not run")
+        if trouble := self.store.trouble:
+            reasons.append(trouble)
         if self.queue.callers_waiting >= self.settings.queue_limit:
             reasons.append(f"the queue is full: {self.queue.callers_waiting} jobs wait")
         return reasons
@@ -224,6 +319,11 @@ async def open_service(settings: Settings, daemon_id: str, driver: Driver | None
         ):
             events = EventLog(store)
             yield Service(settings, opened, store, events, session, assets, bundles, evaluators, daemon_id, access)
+
+
+def _goes_on(job: Job) -> bool:
+    """Whether the boot of a job of an earlier life is wanted still."""
+    return job.state is JobState.BOOTING and not job.cancel_requested
 
 
 def refuse_unreadable(settings: Settings) -> None:

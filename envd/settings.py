@@ -115,6 +115,8 @@ class Settings(BaseSettings):
     """How long `POST /env/reset` waits for its job; below the 1200 s after which old clients hang up."""
     queue_limit: int = Field(default=1024, ge=1)
     """Jobs that may wait at once."""
+    client_jobs: int = Field(default=0, ge=0)
+    """Of these, jobs of one client (a token, or an address that needs none); 0 is no limit."""
     queue_timeout: Seconds = 86_400
     """A job that waited so long expires."""
     max_steps: int = Field(default=16, ge=1)

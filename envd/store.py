@@ -24,7 +24,8 @@ class Kind(StrEnum):
 
     REQUESTS = "requests"  # by job: what it was asked for, until it has ended
     DESKTOPS = "desktops"  # from before it is created until it is confirmed gone
-    PLAYS = "plays"  # by env: the episode that it plays, and what its verdict will need
+    EPISODES = "episodes"  # by env: the one that it has
+    PLAYS = "plays"  # by episode: what its verdict will need
     STEPS = "steps"  # by episode and number: what was said, and what came of it
     VERDICTS = "verdicts"  # by episode
     ANSWERS = "answers"  # by idempotency key: what a call was, and where its answer is

@@ -138,15 +138,15 @@ class Dialogue:
         """All messages, new objects each time."""
         return [message.to_wire() for message in self._messages]
 
-    def wire_json(self) -> bytes:
-        """`to_wire()` as a JSON array in ASCII, put together from what is already encoded.
+    def wire_json(self, turns: int | None = None) -> bytes:
+        """`to_wire()` as a JSON array in ASCII, put together from what is already encoded; the first `turns` of it.
 
         Sixteen screenshots of 1 MB take 3 to 13 ms this way, and 75 ms through `json.dumps`.
         """
-        return b"".join(self._json_pieces())
+        return b"".join(self._json_pieces(turns))
 
-    def _json_pieces(self) -> Iterator[bytes]:
-        for position, message in enumerate(self._messages):
+    def _json_pieces(self, turns: int | None) -> Iterator[bytes]:
+        for position, message in enumerate(self._messages[:turns]):
             yield b"," if position else b"["
             yield from message.json_pieces()
         yield b"]"

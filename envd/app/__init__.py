@@ -8,6 +8,7 @@ from starlette.middleware import Middleware
 from ..service import Service
 from . import docs, legacy, v1
 from .gate import Gate
+from .lasting import Lasting
 from .problems import Boundary, exception_handlers
 
 
@@ -15,7 +16,11 @@ def create_app(service: Service) -> Starlette:
     """The ASGI application over a running service."""
     app = Starlette(
         routes=[*legacy.routes, *v1.routes, *docs.routes],
-        middleware=[Middleware(Boundary), Middleware(Gate, service.access, service.settings.request_rate)],
+        middleware=[
+            Middleware(Boundary),
+            Middleware(Gate, service.access, service.settings.request_rate),
+            Middleware(Lasting, service.store),
+        ],
         exception_handlers=exception_handlers,
     )
     app.router.redirect_slashes = False

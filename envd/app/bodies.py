@@ -3,8 +3,10 @@ waiting on behalf of a request."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import time
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
@@ -12,12 +14,17 @@ import anyio
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
+from ..access import Caller
+from ..calls import Sent
 from ..errors import BodyTooLarge, EnvdError, InvalidRequest, MalformedJson, UnknownEnv
 from ..service import Service
+from .gate import CALLER
 
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 
+WAY = 0.5
+"""Seconds of a caller's time that are left to the way back, or a tenth of less."""
 DEEPEST = 100
 """Levels of nesting in a body. What Python's JSON reads it may not be able to write again: both recurse."""
 
@@ -46,11 +53,59 @@ async def read_json(request: Request) -> Any:
 
 async def read_model(request: Request, model: type[M]) -> M:
     """The body as `model`; an absent body is an empty object. Raises InvalidRequest that names each field at fault."""
-    body = await read_json(request)
+    return _validated(model, await read_json(request))
+
+
+def _validated(model: type[M], body: Any) -> M:
     try:
         return model.model_validate({} if body is None else body)
     except ValidationError as error:
         raise invalid(error) from error
+
+
+async def read_call(request: Request, model: type[M]) -> tuple[M, Sent]:
+    """As `read_model`, and how the call was sent."""
+    body = await read_json(request)
+    return _validated(model, body), sent(request, body)
+
+
+def sent(request: Request, body: Any = None) -> Sent:
+    """By the headers Idempotency-Key and X-Request-Deadline. Raises InvalidRequest."""
+    asked = json.dumps([request.method, request.url.path, body or {}], sort_keys=True)
+    caller: Caller | None = request.scope.get(CALLER)
+    seconds = seconds_left(request)
+    return Sent(
+        key=_key(request),
+        fingerprint=hashlib.sha256(asked.encode()).hexdigest(),
+        until=None if seconds is None else time.monotonic() + seconds,
+        owner="" if caller is None else caller.name if caller.how == "token" else caller.address,
+    )
+
+
+def seconds_left(request: Request) -> float | None:
+    """Within which the caller wants its answer, less what the way takes; None if it does not say. Raises
+    InvalidRequest."""
+    given = request.headers.get("x-request-deadline")
+    if given is None:
+        waits = re.search(r"(?:^|[,;\s])wait\s*=\s*([0-9]{1,6})(?:$|[,;\s])", request.headers.get("prefer", ""))
+        return float(waits[1]) if waits else None
+    if re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,9})?", given.strip()) is None:
+        message = f"must be the seconds that the caller still waits, and is {given[:40]!r}"
+        raise InvalidRequest(
+            f"X-Request-Deadline: {message}.", errors=[{"field": "X-Request-Deadline", "message": message}]
+        )
+    seconds = float(given)
+    return max(0.0, seconds - min(WAY, seconds / 10))
+
+
+def _key(request: Request) -> str:
+    """A quoted string, as the standard to be has it, or a bare word."""
+    given = request.headers.get("idempotency-key", "").strip()
+    key = given[1:-1] if len(given) > 1 and given[0] == given[-1] == '"' else given
+    if given and re.fullmatch(r"[!#-\[\]-~]{1,255}", key) is None:
+        message = "must be 1 to 255 visible characters, without quotes or backslashes inside: a UUID, say"
+        raise InvalidRequest(f"Idempotency-Key: {message}.", errors=[{"field": "Idempotency-Key", "message": message}])
+    return key
 
 
 def invalid(error: ValidationError) -> InvalidRequest:

@@ -27,6 +27,8 @@ READING_PATHS = frozenset({"/v1/links", "/env/history_messages"})
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 LINK = "signature"
 """Of a link, in its query."""
+CALLER = "envd.caller"
+"""Where in a request's scope its Caller is, for the routes."""
 CLIENTS = 10_000
 """Clients whose rate is remembered."""
 
@@ -48,6 +50,7 @@ class Gate:
         except EnvdError as error:
             await self._refuse(error, scope, receive, send)
             return
+        scope[CALLER] = caller
         if scope["type"] == "websocket" or scope["method"] in SAFE:
             left = None if caller is None or caller.until is None else caller.until - time.time()
             with anyio.move_on_after(left):  # a stream ends with the link that it came by

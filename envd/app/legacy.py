@@ -18,6 +18,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from ..actions.dialogue import Dialogue
+from ..calls import Sent
 from ..errors import (
     Draining,
     EpisodeOver,
@@ -30,7 +31,7 @@ from ..errors import (
 )
 from ..evaluations import error_of
 from ..models import EnvState, Job, JobState, StepRequest
-from .bodies import hold, number_in_query, read_model, service_of
+from .bodies import hold, number_in_query, read_call, read_model, service_of
 
 KVM_DEVICE = "/dev/kvm" if Path("/dev/kvm").exists() else None
 
@@ -65,10 +66,10 @@ def shape(env: int, messages: bytes | None, *, done: bool, format_reward: float,
 
 async def reset(request: Request) -> Response:
     """Reset and wait for the observation. The job behind it goes on when the caller leaves or the wait runs out."""
-    asked = await read_model(request, LegacyReset)
+    asked, how_sent = await read_call(request, LegacyReset)
     service = service_of(request)
-    job = await service.reset(asked.slot_id, asked.task_config)
-    job = await _ended(request, job)
+    job = await service.reset(asked.slot_id, asked.task_config, sent=how_sent)
+    job = await _ended(request, job, how_sent)
     if job.state is not JobState.SUCCEEDED:
         raise _failure(job)
     env = service.env(asked.slot_id)
@@ -80,15 +81,19 @@ async def reset(request: Request) -> Response:
     return shape(asked.slot_id, dialogue.wire_json(), done=False, format_reward=0.0)
 
 
-async def _ended(request: Request, job: Job) -> Job:
+async def _ended(request: Request, job: Job, how_sent: Sent) -> Job:
     """The job once it has ended. Raises StillBooting when the wait runs out, Draining when the daemon stops first."""
     service, patience = service_of(request), service_of(request).settings.legacy_wait
+    if how_sent.left is not None:
+        patience = min(patience, how_sent.left)
     with anyio.move_on_after(patience):
         await hold(request, lambda: service.queue.ended(job.id))
     job = service.queue.get(job.id)
     # The drain cancels what runs at once, so the job may have ended by the time its waiter is woken.
     if service.draining.is_set() and (job.state is JobState.CANCELLED or not job.state.terminal):
-        raise Draining("The daemon is shutting down; the reset is cancelled.", retry_after=10, job=_shown(job))
+        goes_on = service.settings.keep_desktops
+        words = "the reset goes on when it is back" if goes_on else "the reset is cancelled"
+        raise Draining(f"The daemon is shutting down; {words}.", retry_after=10, job=_shown(job))
     if job.state.terminal:
         return job
     raise StillBooting(
@@ -119,21 +124,21 @@ def _shown(job: Job) -> dict[str, Any]:
 
 async def step(request: Request) -> Response:
     """Run a prediction. After the episode's end nothing runs any more, and the answer is done again."""
-    asked = await read_model(request, LegacyStep)
+    asked, how_sent = await read_call(request, LegacyStep)
     service = service_of(request)
+    step = StepRequest(prediction=asked.prediction, include_screenshot=False)
     try:
-        result = await service.step(asked.slot_id, StepRequest(prediction=asked.prediction, include_screenshot=False))
+        result = await service.step(asked.slot_id, step, how_sent)
     except EpisodeOver:
         return shape(asked.slot_id, None, done=True, format_reward=0.0)
-    dialogue = service.envs.dialogue(asked.slot_id)
-    messages = None if result.done or dialogue is None else dialogue.wire_json()
+    messages = None if result.done else await service.envs.messages_after(result)
     return shape(asked.slot_id, messages, done=result.done, format_reward=result.format_reward, problem=result.problem)
 
 
 async def evaluate(request: Request) -> Response:
     """A bare number or a problem; never a number for a failure. Found once: whoever asks again is answered the same."""
-    asked = await read_model(request, Slot)
-    verdict = await service_of(request).evaluate(asked.slot_id)
+    asked, how_sent = await read_call(request, Slot)
+    verdict = await service_of(request).evaluate(asked.slot_id, how_sent)
     if verdict.score is None:
         raise error_of(verdict)
     return JSONResponse(verdict.score)

@@ -5,16 +5,18 @@ from __future__ import annotations
 import math
 import re
 
+import anyio
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from .. import __version__
 from ..boot.queue import Reset
+from ..calls import Sent
 from ..errors import InvalidRequest
 from ..models import Job, JobState, LinkRequest, ResetRequest, StepRequest, Verdict
 from ..settings import effective
-from .bodies import env_of, hold, number_in_query, read_json, read_model, service_of
+from .bodies import env_of, hold, number_in_query, read_call, read_json, read_model, sent, service_of
 from .sse import EventStream
 
 LONGEST_POLL = 60.0
@@ -30,15 +32,15 @@ def verdict_json(verdict: Verdict) -> Response:
     return JSONResponse(verdict.model_dump(mode="json") | {"links": verdict.links})
 
 
-def accepted(job: Job) -> Response:
+def accepted(job: Job, headers: dict[str, str]) -> Response:
     """202 with where to look, and when looking first makes sense."""
     soon = min(30, math.ceil((job.eta_s or 0) / 4) + 1)
-    return job_json(job, 202, {"Location": job.links["self"], "Retry-After": str(soon)})
+    return job_json(job, 202, {"Location": job.links["self"], "Retry-After": str(soon), **headers})
 
 
 async def reset(request: Request) -> Response:
     """Ask for a clean desktop with a task set up on it. An identical reset joins the job that runs or waits."""
-    asked = await read_model(request, ResetRequest)
+    asked, how_sent = await read_call(request, ResetRequest)
     service = service_of(request)
     service.refuse_other_screen(asked.screen)
     how = Reset(
@@ -47,15 +49,26 @@ async def reset(request: Request) -> Response:
         episode_timeout_s=asked.episode_timeout_s,
         queue_timeout_s=asked.queue_timeout_s,
     )
-    job = await service.reset(env_of(request), asked.task, how)
-    return accepted(service.queue.get(job.id))
+    job = await service.reset(env_of(request), asked.task, how, how_sent)
+    return await _accepted(request, job, how_sent)
+
+
+async def _accepted(request: Request, job: Job, how_sent: Sent) -> Response:
+    """At once; or, for a caller that would rather wait (`Prefer: wait=…`), once it has ended or the time is over."""
+    service, headers = service_of(request), {}
+    if "wait" in request.headers.get("prefer", "") and how_sent.left is not None:
+        wait = min(how_sent.left, LONGEST_POLL)
+        headers = {"Preference-Applied": "wait"}
+        with anyio.move_on_after(wait):
+            await hold(request, lambda: service.queue.ended(job.id))
+    return accepted(service.queue.get(job.id), headers)
 
 
 async def prewarm(request: Request) -> Response:
     """Have a clean desktop stand by for the next reset."""
-    service = service_of(request)
-    job = await service.prewarm()
-    return accepted(service.queue.get(job.id))
+    how_sent = sent(request, await read_json(request))
+    job = await service_of(request).prewarm(how_sent)
+    return await _accepted(request, job, how_sent)
 
 
 async def job(request: Request) -> Response:
@@ -114,11 +127,11 @@ async def env(request: Request) -> Response:
 
 async def step(request: Request) -> Response:
     """Run a prediction or programs on the env's desktop, once, and look."""
-    asked = await read_model(request, StepRequest)
+    asked, how_sent = await read_call(request, StepRequest)
     if (asked.prediction is None) == (asked.actions is None):
         message = "give exactly one of prediction and actions"
         raise InvalidRequest(f"{message}.", errors=[{"field": "prediction", "message": message}])
-    result = await service_of(request).step(env_of(request), asked)
+    result = await service_of(request).step(env_of(request), asked, how_sent)
     return Response(result.model_dump_json(), media_type="application/json")
 
 
@@ -139,8 +152,8 @@ async def history(request: Request) -> Response:
 async def evaluate(request: Request) -> Response:
     """Judge the episode with its task's own evaluator: a verdict, with a score or with the reason why there is none.
     Found once: whoever asks again is answered the same."""
-    await read_json(request)
-    return verdict_json(await service_of(request).evaluate(env_of(request)))
+    how_sent = sent(request, await read_json(request))
+    return verdict_json(await service_of(request).evaluate(env_of(request), how_sent))
 
 
 async def verdict(request: Request) -> Response:

@@ -2,7 +2,7 @@
 
 The fleet boots (create, then readiness raced against death and deadline), watches what is ready, and removes. It
 knows nothing of jobs, tasks or envs; who asked for a boot follows it through a `BootWatcher`. Nothing is forgotten:
-a removal that fails is tried again until the driver confirms it.
+a removal that fails is tried again until the driver confirms it, and what it has is in the journal before it exists.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ import anyio
 import structlog
 from anyio.abc import TaskGroup
 
-from ..drivers.base import Console, Death, Driver, InstanceSpec, Made
+from ..drivers.base import Console, Death, Driver, InstanceSpec, Made, Report
 from ..errors import BootFailed, EnvdError, InfraError, InstanceDied, OutOfMemory
 from ..events import EventLog
 from ..guest import Cdp, Guest
 from ..models import Desktop, DesktopState, Endpoints, ResetPath
+from ..records import KeptDesktop
 from ..settings import Settings
+from ..store import Kind, Store
 from .account import Admission, BootAccount, BootWatcher, boot_failure
 from .idling import Idling
 from .probes import Readiness
@@ -50,6 +52,8 @@ SWEEP = 60.0
 """Seconds that a start waits at most until what an earlier life left is gone."""
 RESET = "its env was reset"
 """Why a desktop is retired whose env has a newer one, or is about to."""
+ADOPTION = 30.0
+"""Seconds within which a driver has taken over a desktop of an earlier life, or it is removed."""
 RESTORED_LIMIT = 120.0
 """Seconds that a restored machine may take until its probes pass; twelve at once on 4 cores were measured at 7.3."""
 
@@ -57,6 +61,8 @@ RESTORED_LIMIT = 120.0
 @dataclass
 class _Entry:
     desktop: Desktop
+    job_id: str = ""
+    """Of the job that it was booted for."""
     gone: anyio.Event = field(default_factory=anyio.Event)
     lost: anyio.Event = field(default_factory=anyio.Event)
     monitor: anyio.CancelScope = field(default_factory=anyio.CancelScope)
@@ -100,26 +106,37 @@ class Fleet:
     """`run` must be running for anything else to work; whoever stops it calls `clear` next."""
 
     def __init__(
-        self, driver: Driver, settings: Settings, events: EventLog, session: aiohttp.ClientSession, daemon_id: str
+        self,
+        driver: Driver,
+        settings: Settings,
+        store: Store,
+        events: EventLog,
+        session: aiohttp.ClientSession,
+        daemon_id: str,
     ) -> None:
         self.driver = driver
         self._settings = settings
+        self._store = store
         self._events = events
         self._session = session
         self._daemon_id = daemon_id
         self._entries: dict[str, _Entry] = {}
         self._tasks: TaskGroup | None = None
+        self._leaving = False
+        self.goes_on: Callable[[KeptDesktop], bool] = lambda kept: False
+        """Whether a desktop of an earlier life is still wanted."""
         self.on_lost: Callable[[Desktop, str], None] = lambda desktop, reason: None
         self.on_spares: Callable[[], None] = lambda: None
         """Told whenever there may be more or fewer of them."""
         self.on_spare_lost: Callable[[Desktop, str], None] = lambda desktop, why: None
 
     async def run(self, started: anyio.Event) -> None:
-        """Host the monitors and removals. First removes what an earlier life of this daemon left behind."""
+        """Host the monitors and removals. First takes over what an earlier life of this daemon left behind, and removes
+        what nobody wants any more."""
         try:
             async with anyio.create_task_group() as tasks:
                 self._tasks = tasks
-                await self._sweep()
+                await self._recover()
                 started.set()
                 await anyio.sleep_forever()
         finally:
@@ -193,25 +210,36 @@ class Fleet:
             state=DesktopState.BOOTING,
             created_at=time.time(),
         )
-        entry = self._entries[desktop.id] = _Entry(desktop)
-        probing = self._probing()
+        entry = self._entries[desktop.id] = _Entry(desktop, watcher.job_id)
+        return await self._brought_up(entry, watcher, lambda account: self._make(desktop, watcher, account, old), old)
+
+    async def resume(self, desktop_id: str, watcher: BootWatcher) -> Desktop:
+        """As `boot`, of a desktop whose boot an earlier life of this daemon began, with the deadline that it had."""
+        entry = self._entries[desktop_id]
+        return await self._brought_up(entry, watcher, lambda account: self._taken_over(entry.desktop, watcher, account))
+
+    async def _brought_up(
+        self,
+        entry: _Entry,
+        watcher: BootWatcher,
+        make: Callable[[BootAccount], Awaitable[Made]],
+        old: str | None = None,
+    ) -> Desktop:
+        desktop, probing = entry.desktop, self._probing()
         account = self._account(desktop, watcher, probing)
+        left = desktop.created_at + self._settings.ready_timeout - time.time()
         try:
+            self._set(entry)
+            # Whatever becomes of us, the next life knows of the instance before there is one.
+            await self._store.settle()
             async with probing:
-                with anyio.fail_after(self._settings.ready_timeout):
-                    made = await self._make(desktop, watcher, account, old)
+                with anyio.fail_after(max(left, 0.0)):
+                    made = await make(account)
             # Nothing is awaited from here on: a ready desktop of no env is a spare for whoever looks.
-            now_ready = {
-                "state": DesktopState.READY,
-                "endpoints": made.endpoints,
-                "ready_at": time.time(),
-                "chrome_cdp": True,
-            }
-            entry.desktop = desktop.model_copy(update=now_ready)
-            if self._settings.pause_idle:
-                entry.idling = Idling(lambda: self.console(desktop), self._start_soon)
+            self._set(entry, state=DesktopState.READY, endpoints=made.endpoints, ready_at=time.time(), chrome_cdp=True)
+            self._let_idle(entry)
         except (EnvdError, TimeoutError) as error:
-            entry.desktop = desktop.model_copy(update={"state": DesktopState.REMOVING})
+            self._set(entry, state=DesktopState.REMOVING)
             raise account.explain(error, await self.log_tail(desktop.id)) from error
         finally:
             account.over = True
@@ -220,11 +248,14 @@ class Fleet:
                 self.retire(desktop.id, "its boot ended early")
             if old is not None:
                 self.retire(old, RESET)
-        if self._tasks is not None:
-            self._tasks.start_soon(self._monitor, entry)
+        self._start_soon(partial(self._monitor, entry))
         seconds = round(account.seconds, 3)
         self._events.publish("desktop", desktop_id=desktop.id, state="ready", seconds=seconds, message="desktop ready")
         return entry.desktop
+
+    def _let_idle(self, entry: _Entry) -> None:
+        if self._settings.pause_idle:
+            entry.idling = Idling(lambda: self.console(entry.desktop), self._start_soon)
 
     def _probing(self) -> aiohttp.ClientSession:
         """For probes: nothing of them stays open. To a machine that is frozen now it would be a connection of all its
@@ -244,6 +275,16 @@ class Fleet:
         made = await self._renewed(old, spec, account) if old is not None else None
         if made is None:
             made = await self._ask(self.driver.create(spec, account))
+        watcher.made(made.path)
+        account.phase("probe")
+        await self._until_ready(desktop.id, account, made)
+        return made
+
+    async def _taken_over(self, desktop: Desktop, watcher: BootWatcher, account: BootAccount) -> Made:
+        """An instance of an earlier life that has passed its probes. Raises InstanceDied for one that is not there."""
+        made: Made | None = await self._ask(self.driver.adopt(desktop.id, account))
+        if made is None:
+            raise InstanceDied("The instance did not outlive the daemon, or cannot be taken over.")
         watcher.made(made.path)
         account.phase("probe")
         await self._until_ready(desktop.id, account, made)
@@ -413,7 +454,13 @@ class Fleet:
         entry = self._entries.get(desktop_id)
         if entry is None or entry.lost.is_set():
             raise InfraError(f"The desktop {desktop_id} died before it could be used.", desktop_id=desktop_id)
+        return self._set(entry, **changes)
+
+    def _set(self, entry: _Entry, **changes: object) -> Desktop:
+        """The one place where a desktop changes in a way that the next life of the daemon must know."""
         entry.desktop = entry.desktop.model_copy(update=changes)
+        if not self._leaving:
+            self._store.put(Kind.DESKTOPS, entry.desktop.id, KeptDesktop(desktop=entry.desktop, job_id=entry.job_id))
         return entry.desktop
 
     # -- watching -----------------------------------------------------------------------------------------------
@@ -431,8 +478,7 @@ class Fleet:
     def _lose(self, entry: _Entry, death: Death) -> None:
         if self._is_spare(entry):
             self.on_spare_lost(entry.desktop, death.reason)
-        entry.desktop = entry.desktop.model_copy(update={"state": DesktopState.LOST, "chrome_cdp": False})
-        desktop = entry.desktop
+        desktop = self._set(entry, state=DesktopState.LOST, chrome_cdp=False)
         self._events.publish(
             "desktop",
             env=desktop.env,
@@ -503,13 +549,14 @@ class Fleet:
     def retire(self, desktop_id: str, why: str) -> None:
         """Begin to remove the desktop; `gone` waits for the end. Calling it again changes nothing.
 
-        When the fleet runs no more this leaves it to `clear`, which comes last and takes everything.
+        When the fleet runs no more this leaves it to `clear`, which comes last and takes everything; and after `leave`
+        to the next life of the daemon.
         """
         entry = self._entries.get(desktop_id)
-        if entry is None or entry.removing or self._tasks is None:
+        if entry is None or entry.removing or self._tasks is None or self._leaving:
             return
         entry.removing = True
-        entry.desktop = entry.desktop.model_copy(update={"state": DesktopState.REMOVING})
+        self._set(entry, state=DesktopState.REMOVING)
         self._tasks.start_soon(self._remove, entry, why)
         self.on_spares()
 
@@ -517,9 +564,14 @@ class Fleet:
         if self._tasks is not None:
             self._tasks.start_soon(work)
 
+    def leave(self) -> None:
+        """From here on every desktop stays as it is, in the journal too: the next life of the daemon takes it over."""
+        self._leaving = True
+
     async def gone(self, desktop_id: str) -> None:
         """Return when the desktop is confirmed gone."""
-        if entry := self._entries.get(desktop_id):
+        entry = self._entries.get(desktop_id)
+        if entry is not None and not self._leaving:
             await entry.gone.wait()
 
     async def clear(self) -> None:
@@ -533,7 +585,11 @@ class Fleet:
 
     async def _clear(self, desktop_id: str) -> None:
         if await self._try_destroy(desktop_id):
-            del self._entries[desktop_id]
+            self._forget(desktop_id)
+
+    def _forget(self, desktop_id: str) -> None:
+        del self._entries[desktop_id]
+        self._store.put(Kind.DESKTOPS, desktop_id, None)
 
     async def _remove(self, entry: _Entry, why: str) -> None:
         desktop = entry.desktop
@@ -543,7 +599,7 @@ class Fleet:
         while not await self._try_destroy(desktop.id):
             await anyio.sleep(pause)
             pause = min(pause * 2, 60)
-        del self._entries[desktop.id]
+        self._forget(desktop.id)
         entry.gone.set()
         self._events.publish(
             "desktop", env=desktop.env, desktop_id=desktop.id, state="gone", why=why, message="desktop gone"
@@ -562,20 +618,61 @@ class Fleet:
             return False
         return True
 
-    async def _sweep(self) -> None:
-        """Remove every instance that carries our mark: nobody alive knows it. What resists does not hold up the
-        start, and is tried again as every removal is."""
+    async def _recover(self) -> None:
+        """Take over every instance that carries our mark and is still wanted, and remove the others. What resists does
+        not hold up the start, and is tried again as every removal is.
+
+        A boot that was under way is left to whoever `resume`s it.
+        """
         found = await self._ask(self.driver.list())
-        for desktop_id in found:
-            left = Desktop(
-                id=desktop_id, provider=self.driver.name, state=DesktopState.REMOVING, created_at=time.time()
-            )
-            self._entries[desktop_id] = _Entry(left)
-            self._events.publish("note", desktop_id=desktop_id, message="Removing a desktop of an earlier life")
-            self.retire(desktop_id, "an earlier life of this daemon left it behind")
+        kept = await self._store.all(Kind.DESKTOPS, KeptDesktop)
+        for desktop_id in kept.keys() - found:
+            self._store.put(Kind.DESKTOPS, desktop_id, None)
+        taken: list[_Entry] = []
+        unwanted: list[str] = []
+        for desktop_id in sorted(found):
+            record = kept.get(desktop_id)
+            if record is not None and self.goes_on(record):
+                entry = self._entries[desktop_id] = _Entry(record.desktop, record.job_id)
+                if record.desktop.state is not DesktopState.BOOTING:
+                    taken.append(entry)
+            else:
+                self._remove_what_is_left(desktop_id)
+                unwanted.append(desktop_id)
+        async with anyio.create_task_group() as adopting:
+            for entry in taken:
+                adopting.start_soon(self._adopt, entry)
         with anyio.move_on_after(SWEEP):
-            for desktop_id in found:
+            for desktop_id in unwanted:
                 await self.gone(desktop_id)
+
+    def _remove_what_is_left(self, desktop_id: str) -> None:
+        left = Desktop(id=desktop_id, provider=self.driver.name, state=DesktopState.REMOVING, created_at=time.time())
+        self._entries[desktop_id] = _Entry(left)
+        self._events.publish("note", desktop_id=desktop_id, message="Removing a desktop of an earlier life")
+        self.retire(desktop_id, "an earlier life of this daemon left it behind")
+
+    async def _adopt(self, entry: _Entry) -> None:
+        """A ready desktop is as it was, or is removed: one in use without further questions, since what is wrong with
+        it its env will see, and a spare if both its ports answer."""
+        desktop_id, made, why = entry.desktop.id, None, "it did not outlive the daemon, or cannot be taken over"
+        try:
+            with anyio.fail_after(ADOPTION):
+                made = await self._ask(self.driver.adopt(desktop_id, Report()))
+        except (EnvdError, TimeoutError) as error:
+            why = error.detail if isinstance(error, EnvdError) else f"the driver did not take it over in {ADOPTION:g} s"
+        if made is not None:
+            self._set(entry, endpoints=made.endpoints)
+            self._let_idle(entry)
+            if self._is_spare(entry) and not await self.is_well(entry.desktop):
+                made, why = None, "it no longer answers"
+        if made is None:
+            self.retire(desktop_id, why)
+            return
+        self._start_soon(partial(self._monitor, entry))
+        self._events.publish(
+            "desktop", env=entry.desktop.env, desktop_id=desktop_id, state="adopted", message="desktop adopted"
+        )
 
 
 def _died(death: Death) -> InstanceDied:

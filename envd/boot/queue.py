@@ -16,6 +16,8 @@ driver's plan when it starts, and what it was is known when its instance is made
 * A set-up that failed because a machine did is tried again on a fresh desktop, never on the same: the job goes back to
   the head of the line. So it does, once, when a restored machine did not come up.
 * Spares are made by jobs that wait behind all others. A reset that finds none takes over the boot of one.
+* A job outlives the daemon. Its next life has those that waited wait again in their order, goes on with the boot of one
+  whose instance is still there, and puts the others back to the head of the line.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from anyio.abc import TaskGroup
 from ..drivers.base import Traits
 from ..errors import (
     AssetUnavailable,
+    BootTimeout,
     Draining,
     EnvdError,
     Fault,
@@ -44,6 +47,7 @@ from ..errors import (
     InternalError,
     JobExpired,
     QueueFull,
+    TooManyRequests,
     UnknownJob,
 )
 from ..events import EventLog
@@ -60,8 +64,9 @@ from ..models import (
     Settled,
     SetupRecord,
 )
+from ..records import KeptReset
 from ..settings import Settings
-from ..store import Store
+from ..store import Kind, Store
 from ..systemd import Pulse
 from ..tasks.task import NO_TASK, Task
 from .estimates import Estimates
@@ -88,6 +93,9 @@ class Stage(Protocol):
 
     def abandon(self, env: int, job: Job) -> None:
         """The reset ended without an episode."""
+
+    def began(self, job: Job) -> Beginning | None:
+        """What came of a job of an earlier life, if it came to its episode."""
 
 
 class Progress(Protocol):
@@ -118,6 +126,8 @@ class Reset:
     counts: Counts | None = None
     episode_timeout_s: float | None = None
     queue_timeout_s: float | None = None
+    owner: str = ""
+    """Who asked for it: jobs that wait are counted by it."""
 
     @property
     def fingerprint(self) -> str:
@@ -170,6 +180,7 @@ class _Boot:
     is_made   the instance exists, so that `path` is what it was
     began     (monotonic) when there was room for it; None before
     old       a desktop that is kept until this boot has made another, or has failed
+    resumes   an earlier life of the daemon began it
     """
 
     def __init__(self, queue: BootQueue, ticket: _Ticket, path: ResetPath) -> None:
@@ -180,6 +191,7 @@ class _Boot:
         self.began: float | None = None
         self.old: str | None = None
         self.desktop_id = ""
+        self.resumes = False
         self.scope = anyio.CancelScope()
         self.patience = anyio.CancelScope()
         self.waits_for = ""
@@ -258,7 +270,7 @@ class BootQueue:
         self._tickets: dict[str, _Ticket] = {}
         self._wake = anyio.Event()
         self._tasks: TaskGroup | None = None
-        self._closed = False
+        self._closed = self._leaving = False
         self.pulse = Pulse(6 * BEAT)
         self.estimates = Estimates(settings.state_dir / "boots.json", fleet.driver.image)
         self._spares = Spares(settings.spares, fleet, self, events)
@@ -291,6 +303,7 @@ class BootQueue:
                 retry_after=self._patience(),
                 queue_depth=depth,
             )
+        self._require_fewer(reset.owner, besides=waiting)
         patience = reset.queue_timeout_s or self._settings.queue_timeout
         ticket = self._accept(kind, env, reset, patience)
         if waiting is None:
@@ -303,6 +316,19 @@ class BootQueue:
         self._renumber()
         self._stir()
         return ticket.job
+
+    def _require_fewer(self, owner: str, besides: _Ticket | None) -> None:
+        """Raises TooManyRequests."""
+        limit = self._settings.client_jobs
+        mine = sum(1 for ticket in self._waiting if ticket is not besides and ticket.reset.owner == owner)
+        if limit and owner and mine >= limit:
+            raise TooManyRequests(
+                f"{mine} jobs of {owner} wait already, the limit is ENVD_CLIENT_JOBS={limit}.",
+                hint="Wait for one of them, or cancel it.",
+                retry_after=self._patience(),
+                limit=limit,
+                setting="ENVD_CLIENT_JOBS",
+            )
 
     def submit_spare(self) -> Job:
         """Have one more clean desktop stand by, once nobody else waits."""
@@ -326,7 +352,22 @@ class BootQueue:
         ticket = _Ticket(job, reset, expires=began + patience, phase_began=began)
         self._tickets[job.id] = ticket
         self._store.put_job(job)
+        self._keep(ticket)
         return ticket
+
+    def _keep(self, ticket: _Ticket) -> None:
+        """What was asked for, so that the next life of the daemon can do it."""
+        reset, left = ticket.reset, ticket.expires - time.monotonic()
+        kept = KeptReset(
+            task=dict(reset.task.raw),
+            max_steps=reset.max_steps,
+            counts=reset.counts,
+            episode_timeout_s=reset.episode_timeout_s,
+            queue_timeout_s=reset.queue_timeout_s,
+            owner=reset.owner,
+            expires_at=time.time() + left if math.isfinite(left) else None,
+        )
+        self._store.put(Kind.REQUESTS, ticket.job.id, kept)
 
     def cancel(self, job_id: str) -> Job:
         """Ask for the job's end. It is `cancelled` once its instance is confirmed gone or serves another job.
@@ -367,6 +408,71 @@ class BootQueue:
         desktop = self._fleet.get(boot.desktop_id)
         failed = desktop.state is not DesktopState.BOOTING if desktop else bool(boot.desktop_id)
         return not (failed or boot.scope.cancel_called or boot.patience.cancel_called)
+
+    # -- taking up what an earlier life left ---------------------------------------------------------------------
+
+    async def recover(self, again: Callable[[KeptReset], Reset]) -> None:
+        """Take up every job that has not ended. The fleet and the envs have taken up theirs by now.
+
+        `again` makes a reset of what was kept of one; it may raise EnvdError, which then ends the job.
+        """
+        asked = await self._store.all(Kind.REQUESTS, KeptReset)
+        left = [job for job in self._store.jobs() if not job.state.terminal]
+        # Those that had their turn come first, then the others in their order.
+        left.sort(key=lambda job: (job.position or 0, job.created_at))
+        for job in left:
+            self._take_up(job, asked.get(job.id), again)
+        for job_id in asked.keys() - self._tickets.keys():
+            self._store.put(Kind.REQUESTS, job_id, None)
+        self._renumber()
+
+    def _take_up(self, job: Job, asked: KeptReset | None, again: Callable[[KeptReset], Reset]) -> None:
+        now, began = time.time(), time.monotonic()
+        never = asked is None or asked.expires_at is None
+        expires = math.inf if never else began + asked.expires_at - now  # type: ignore[union-attr, operator]
+        ticket = _Ticket(job, Reset(), expires, phase_began=began - (now - job.phases[-1].started_at))
+        self._tickets[job.id] = ticket
+        try:
+            if asked is None:
+                raise InternalError("What the job was asked for is not in the journal.")
+            ticket.reset = again(asked)
+        except EnvdError as error:
+            self._end(ticket, JobState.FAILED, error=error)
+            return
+        if job.cancel_requested:
+            self._end(ticket, JobState.CANCELLED)
+        elif beginning := self._stage.began(job):
+            self._end(ticket, JobState.SUCCEEDED, **_as_facts(beginning))
+        elif job.state is JobState.BOOTING and self._is_booting(job.desktop_id):
+            self._go_on(ticket)
+        else:
+            self._stand_in_line(ticket)
+
+    def _is_booting(self, desktop_id: str | None) -> bool:
+        desktop = self._fleet.get(desktop_id or "")
+        return desktop is not None and desktop.state is DesktopState.BOOTING
+
+    def _go_on(self, ticket: _Ticket) -> None:
+        """With a boot that is under way."""
+        self._running.append(ticket)
+        self._boots.append(boot := _Boot(self, ticket, ResetPath.COLD))
+        boot.desktop_id, boot.resumes = ticket.job.desktop_id or "", True
+        boot.began = time.monotonic() - (time.time() - (ticket.job.started_at or time.time()))
+        if ticket.job.env is not None:
+            self._stage.vacate(ticket.job.env, ticket.job)
+        self._update(ticket, "note", {}, message="The daemon was restarted; the boot goes on.")
+
+    def _stand_in_line(self, ticket: _Ticket) -> None:
+        spare = ticket.job.kind is JobKind.SPARE
+        self._waiting.insert(len(self._waiting) if spare else self.callers_waiting, ticket)
+        if ticket.job.state is JobState.QUEUED:
+            self._update(ticket, "note", {}, message="The daemon was restarted; the job waits on.")
+            return
+        ticket.expires = max(ticket.expires, time.monotonic() + self._settings.queue_timeout)
+        # What was tried when the daemon ended did not fail.
+        tried = max(0, ticket.job.attempts - (ticket.job.state is JobState.SETTING_UP))
+        self._update(ticket, "note", {}, message="The daemon was restarted; the job begins again, on a fresh desktop.")
+        self._enter_phase(ticket, "queue", state=JobState.QUEUED, desktop_id=None, attempts=tried)
 
     # -- looking ------------------------------------------------------------------------------------------------
 
@@ -449,6 +555,8 @@ class BootQueue:
         async with anyio.create_task_group() as self._tasks:
             self._tasks.start_soon(self._expire)
             self._tasks.start_soon(self._spares.run)
+            for boot in tuple(self._boots):
+                self._tasks.start_soon(self._guard, boot, partial(self._boot, boot))
             started.set()
             while True:
                 self.pulse.beat()
@@ -507,6 +615,10 @@ class BootQueue:
         for ticket in (*reversed(self._waiting), *tuple(self._running)):
             self.cancel(ticket.job.id)
 
+    def leave(self) -> None:
+        """Take no new work, and leave every job as it is: the next life of the daemon takes them up."""
+        self._closed = self._leaving = True
+
     async def idle(self) -> None:
         """Return when no job is left."""
         while self._tickets:
@@ -552,6 +664,8 @@ class BootQueue:
         if desktop is not None:
             self._remember(boot)
             await self._finish(boot.ticket, desktop, boot.path)
+        elif failure is not None and boot.resumes and self._may_go_on_without(boot, failure):
+            self._line_up_again(boot.ticket, f"The boot did not outlive the daemon: {failure.detail} It begins again.")
         elif failure is not None and self._may_boot_again(boot, failure):
             boot.ticket.restores_failed += 1
             self._line_up_again(boot.ticket, f"A restored machine did not come up: {failure.detail} It is tried again.")
@@ -564,7 +678,9 @@ class BootQueue:
         failure: EnvdError | None = None
         try:
             with boot.scope:
-                if not boot.scope.cancel_called:
+                if boot.resumes:
+                    desktop = await self._fleet.resume(boot.desktop_id, boot)
+                elif not boot.scope.cancel_called:
                     boot.old = self._vacate(boot.ticket, keep=self._traits.keeps_old)
                     await self._room_for(boot)
                     boot.began = time.monotonic()
@@ -586,6 +702,10 @@ class BootQueue:
         self.estimates.booted(ResetPath.COLD if ResetPath.COLD in both else boot.path, boot.elapsed)
         if self._tasks is not None:
             self._tasks.start_soon(self.estimates.save)
+
+    def _may_go_on_without(self, boot: _Boot, failure: EnvdError) -> bool:
+        """What ended with the daemon says nothing against a boot; that its time ran out does."""
+        return not isinstance(failure, BootTimeout) and self._may_line_up_again(boot.ticket, failure)
 
     def _may_boot_again(self, boot: _Boot, failure: EnvdError) -> bool:
         """A machine that was restored and did not come up says nothing against the next one: the driver makes that in
@@ -636,13 +756,7 @@ class BootQueue:
                 self._abandon(ticket, failure)
         else:
             self.estimates.was_set_up(time.monotonic() - began)
-            self._end(
-                ticket,
-                JobState.SUCCEEDED,
-                episode_id=began_with.episode_id,
-                warnings=began_with.warnings,
-                settled=began_with.settled,
-            )
+            self._end(ticket, JobState.SUCCEEDED, **_as_facts(began_with))
 
     async def _is_well(self, ticket: _Ticket, spare: Desktop) -> bool:
         """Whether the job can have the spare. One that fell ill since it was last looked at is retired, and the job
@@ -776,7 +890,7 @@ class BootQueue:
 
     def _update(self, ticket: _Ticket, kind: str | None, changes: dict[str, Any], **data: Any) -> Job:
         """The one place where a running job changes: new version, kept, told to whoever waits, published as `kind`."""
-        if ticket.job.state.terminal:
+        if ticket.job.state.terminal or self._leaving:
             return ticket.job
         ticket.job = ticket.job.model_copy(update={**changes, "version": ticket.job.version + 1})
         self._store.put_job(ticket.job)
@@ -808,9 +922,10 @@ class BootQueue:
         **facts: Any,
     ) -> None:
         """Give the job its one end. `facts` are fields of it that are known only now."""
-        if ticket.job.state.terminal:
+        if ticket.job.state.terminal or self._leaving:
             return
         del self._tickets[ticket.job.id]
+        self._store.put(Kind.REQUESTS, ticket.job.id, None)
         ran = ticket in self._running
         if ran:
             self._running.remove(ticket)
@@ -844,6 +959,11 @@ class BootQueue:
             ahead = place - 1 + len(self._boots)
             if (ticket.job.position, ticket.job.ahead) != (place, ahead):
                 self._update(ticket, "position", {"position": place, "ahead": ahead}, position=place, ahead=ahead)
+
+
+def _as_facts(beginning: Beginning) -> dict[str, Any]:
+    """Of a job."""
+    return {name: getattr(beginning, name) for name in ("episode_id", "warnings", "settled")}
 
 
 def _waited(job: Job, what: str) -> str:

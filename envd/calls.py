@@ -1,0 +1,140 @@
+"""Calls that change something, done once however often they are sent, and answered within their caller's time.
+
+    job = await calls.do(sent, replay=..., work=...)
+
+A call goes on when its caller leaves or has no more time. One with an idempotency key is known by it: sent again while
+it goes on it waits for the same outcome, and afterwards it is answered as it was, for a day, also by the next life of
+the daemon. What a call was is kept together with what it changed, by whoever changes it (`KeptAnswer`); one that was
+refused before it changed anything is not kept, and may be sent again.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any, TypeVar, cast
+
+import anyio
+import structlog
+from anyio.abc import TaskGroup
+
+from .errors import DeadlinePassed, Draining, EnvdError, InternalError, KeyReused
+from .records import KeptAnswer
+from .store import Kind, Store
+
+logger = structlog.get_logger(__name__)
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Sent:
+    """How a call came.
+
+    key          its idempotency key, "" for none
+    fingerprint  the same for calls that ask for the same of the same route
+    until        when its caller stops waiting, on the monotonic clock; None for never
+    owner        who sent it
+    """
+
+    key: str = ""
+    fingerprint: str = ""
+    until: float | None = None
+    owner: str = ""
+
+    @property
+    def left(self) -> float | None:
+        """Seconds in which it must be answered."""
+        return None if self.until is None else max(0.0, self.until - time.monotonic())
+
+
+UNMARKED = Sent()
+
+
+@dataclass
+class _Going:
+    """`outcome` has one thing once it is `done`, if there is no `error`."""
+
+    fingerprint: str
+    done: anyio.Event = field(default_factory=anyio.Event)
+    outcome: list[Any] = field(default_factory=list)
+    error: Exception | None = None
+
+
+class Calls:
+    """`run` must be running for calls to outlive their callers."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._going: dict[str, _Going] = {}
+        self._tasks: TaskGroup | None = None
+
+    async def run(self, started: anyio.Event) -> None:
+        try:
+            async with anyio.create_task_group() as self._tasks:
+                started.set()
+                await anyio.sleep_forever()
+        finally:
+            self._tasks = None
+
+    async def do(self, sent: Sent, work: Callable[[], Awaitable[T]], replay: Callable[[KeptAnswer], Awaitable[T]]) -> T:
+        """What `work` returns or raises; for a key that is known what it did then, or what `replay` makes of it.
+
+        Raises KeyReused for a key of another call, DeadlinePassed when the caller's time is over first; the call then
+        goes on.
+        """
+        if sent.key:
+            if (kept := await self._store.get(Kind.ANSWERS, sent.key, KeptAnswer)) is not None:
+                _require_same(kept.fingerprint, sent)
+            # It is looked for among those that go on last: between these lines one may have ended, never begun.
+            if (going := self._going.get(sent.key)) is not None:
+                _require_same(going.fingerprint, sent)
+                return cast(T, await self._outcome(going, sent))
+            if kept is not None:
+                return await replay(kept)
+        going = _Going(sent.fingerprint)
+        if sent.key:
+            self._going[sent.key] = going
+        if self._tasks is None:
+            await self._run(sent.key, going, work)
+        else:
+            self._tasks.start_soon(self._run, sent.key, going, work)
+        return cast(T, await self._outcome(going, sent))
+
+    async def _run(self, key: str, going: _Going, work: Callable[[], Awaitable[Any]]) -> None:
+        going.error = Draining("The daemon is shutting down; the call is cut short.", retry_after=5)
+        try:
+            going.outcome.append(await work())
+            going.error = None
+        except EnvdError as error:
+            going.error = error
+        except Exception as error:
+            logger.exception("a call broke")
+            going.error = InternalError(f"The daemon made a mistake: {error!r}")
+        finally:
+            if key and self._going.get(key) is going:
+                del self._going[key]
+            going.done.set()
+
+    async def _outcome(self, going: _Going, sent: Sent) -> Any:
+        with anyio.move_on_after(sent.left):
+            await going.done.wait()
+        if not going.done.is_set():
+            raise DeadlinePassed(
+                "The call goes on; its caller's time is over.",
+                hint="Send it again with the same Idempotency-Key: it is answered, and not done a second time."
+                if sent.key
+                else "Give such calls an Idempotency-Key: sent again with it they are answered, and not done twice.",
+                retry_after=1,
+            )
+        if going.error is not None:
+            raise going.error
+        return going.outcome[0]
+
+
+def _require_same(fingerprint: str, sent: Sent) -> None:
+    if fingerprint != sent.fingerprint:
+        raise KeyReused(
+            "The Idempotency-Key was sent before, with another request.", hint="Give each request a key of its own."
+        )
