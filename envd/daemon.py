@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
+import anyio
 import structlog
 from hypercorn.asyncio import serve as hypercorn_serve
 from hypercorn.config import Config
@@ -59,8 +60,8 @@ async def serve(settings: Settings) -> None:
 
 
 async def _supervise(service: Service, listener: socket.socket) -> None:
-    stop, started, closing = asyncio.Event(), asyncio.Event(), asyncio.Event()
-    _hear_signals(stop)
+    stop, started, closing, at_once = asyncio.Event(), asyncio.Event(), asyncio.Event(), anyio.Event()
+    _hear_signals(stop, at_once)
     manager = Notifier(os.environ)
     fed = asyncio.create_task(manager.feed(lambda: not started.is_set() or service.queue.pulse.alive), name="watchdog")
     core = asyncio.create_task(service.run(started.set), name="boot queue")
@@ -73,7 +74,7 @@ async def _supervise(service: Service, listener: socket.socket) -> None:
             await _first(stop, stop, halves)
         logger.info("shutting down")
         manager.tell(STOPPING="1", STATUS="shutting down")
-        await service.drain()
+        await service.drain(at_once)
     finally:
         # Also when a half died: nothing that is open may hold the other one up.
         service.draining.set()
@@ -90,13 +91,20 @@ async def _supervise(service: Service, listener: socket.socket) -> None:
     logger.info("stopped")
 
 
-def _hear_signals(stop: asyncio.Event) -> None:
-    """Heard until the loop is closed, so that a second one during the way out changes nothing."""
+def _hear_signals(stop: asyncio.Event, at_once: anyio.Event) -> None:
+    """The first one ends the daemon, a second one the waiting that this begins with. Heard until the loop is closed, so
+    that none cuts short how it cleans up behind itself."""
     loop = asyncio.get_running_loop()
+
+    def hear() -> None:
+        if stop.is_set():
+            at_once.set()
+        stop.set()
+
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         # Under nohup a hangup is to be ignored.
         if signal.getsignal(number) is not signal.SIG_IGN:
-            loop.add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, hear)
 
 
 def _serve_http(service: Service, listener: socket.socket, closing: asyncio.Event) -> asyncio.Task[None]:

@@ -36,6 +36,7 @@ from .errors import (
 from .events import EventLog
 from .models import (
     EndReason,
+    EnvState,
     Episode,
     MetricRecord,
     Provenance,
@@ -148,6 +149,17 @@ class Evaluations:
         """An episode of `task` began: have the evaluators ready by its end. They take seconds to import, once."""
         if self._tasks is not None and task.evaluator is not None and not task.evaluator.infeasible:
             self._tasks.start_soon(self._evaluators.warm)
+
+    def is_over(self, env: int) -> bool:
+        """Whether nothing more is to be expected of the env's episode: it has none, or its verdict, or has ended and
+        cannot have one."""
+        now = self._envs.env(env)
+        if now.state is not EnvState.PLAYING or now.episode is None:
+            return now.state is not EnvState.RESETTING
+        pending = self._pending.get(now.episode.id)
+        _, play = self._envs.played(env)
+        judged = pending is not None and pending.done.is_set()
+        return judged or (now.episode.done and play.task.evaluator is None)
 
     async def idle(self) -> None:
         """Return when nothing is being judged."""

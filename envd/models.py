@@ -135,6 +135,8 @@ class Job(Model):
     episode_id: str | None = None
     joined: int = 0
     """How many identical resets joined this one instead of making a job of their own."""
+    restarts: int = 0
+    """How often the daemon ended while it ran or was next."""
     cancel_requested: bool = False
     superseded_by: str | None = None
     """The job that took this one's place."""
@@ -397,6 +399,16 @@ class LinkRequest(BaseModel):
         description="What is to be read, without a query.",
     )
     seconds: float = Field(default=300, gt=0, le=3600, description="How long the link is good.")
+
+
+class DrainRequest(BaseModel):
+    """Body of `POST /v1/drain`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    limit_s: float | None = Field(
+        default=None, ge=0, le=604_800, description="How long episodes may go on; default ENVD_DRAIN_LIMIT."
+    )
 
 
 class StepRequest(BaseModel):

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -79,7 +80,13 @@ class Service:
         self.abilities = Abilities.of(settings, has_asset=assets.has_now, ocr=evaluators.ocr)
         self.queue = BootQueue(settings, self.fleet, self.envs, store, events)
         self.started_at = time.time()
+        self.closing = anyio.Event()
+        """No new work is taken."""
         self.draining = anyio.Event()
+        """And nothing goes on any more."""
+        self.drain_until: float | None = None
+        """(monotonic) until when episodes may go on once there is no new work."""
+        self.on_drain: Callable[[], None] = lambda: signal.raise_signal(signal.SIGTERM)
         self.streams = 0
         self._running = self._leaving = False
 
@@ -143,23 +150,67 @@ class Service:
             owner=kept.owner,
         )
 
-    async def drain(self) -> None:
-        """Take no new work, wake whoever waits, let running steps finish for a moment, cancel the jobs or leave them to
-        the next life, end the streams."""
+    # -- the way out --------------------------------------------------------------------------------------------
+
+    def ask_to_drain(self, limit_s: float | None = None) -> None:
+        """Have the daemon end once the episodes that are played have ended, after `limit_s` seconds at the latest
+        (ENVD_DRAIN_LIMIT). Asked again it changes the limit."""
+        limit = self.settings.drain_limit if limit_s is None else limit_s
+        self.drain_until = time.monotonic() + limit
+        self._stop_taking_work()
+        self.on_drain()
+
+    def _stop_taking_work(self) -> None:
+        if self.closing.is_set():
+            return
+        self.closing.set()
+        left = max(0.0, (self.drain_until or 0.0) - time.monotonic())
+        message = f"The daemon takes no new work and ends; what is played may go on for {left:.0f} s."
+        self.events.publish("note", message=message)
+        if self.settings.keep_desktops:
+            self.queue.hold()
+        else:
+            self.queue.close()
+
+    @property
+    def going_on(self) -> list[int]:
+        """Envs whose episode is played or judged still."""
+        return [number for number in range(len(self.envs)) if not self.evaluations.is_over(number)]
+
+    async def drain(self, at_once: anyio.Event | None = None) -> None:
+        """Take no new work, let episodes go on until they have ended or the time for that is over, let running steps
+        finish for a moment, cancel the jobs or leave them to the next life, wake whoever waits, end the streams.
+
+        `at_once` cuts all waiting short.
+        """
         if self.draining.is_set():
             return
+        if self.drain_until is None:
+            self.drain_until = time.monotonic() + self.settings.drain_limit
+        self._stop_taking_work()
+        async with anyio.create_task_group() as waiting:
+
+            async def hurry() -> None:
+                if at_once is not None:
+                    await at_once.wait()
+                    waiting.cancel_scope.cancel()
+
+            waiting.start_soon(hurry)
+            while self.going_on and time.monotonic() < self.drain_until:  # noqa: ASYNC110 - it is in several hands
+                await anyio.sleep(min(0.2, max(0.0, self.drain_until - time.monotonic())))
+            self.draining.set()
+            with anyio.move_on_after(self.settings.drain_seconds):
+                await self.envs.idle()
+                await self.evaluations.idle()
+            if not self.settings.keep_desktops:
+                with anyio.move_on_after(1):
+                    await self.queue.idle()
+            waiting.cancel_scope.cancel()
         self.draining.set()
-        with anyio.move_on_after(self.settings.drain_seconds):
-            await self.envs.idle()
-            await self.evaluations.idle()
         if self.settings.keep_desktops:
             self._leaving = True
             self.queue.leave()
             self.fleet.leave()
-        else:
-            self.queue.close()
-            with anyio.move_on_after(1):
-                await self.queue.idle()
         self.events.close()
 
     # -- what the routes call -----------------------------------------------------------------------------------
@@ -184,8 +235,7 @@ class Service:
 
     async def _accept(self, submit: Callable[[], Job], sent: Sent) -> Job:
         async def work() -> Job:
-            self.refuse_when_draining()
-            self._refuse_when_nothing_lasts()
+            self.refuse_new_work()
             job = submit()
             if sent.key:
                 answer = KeptAnswer(fingerprint=sent.fingerprint, what="job", id=job.id)
@@ -203,7 +253,11 @@ class Service:
     async def _job_again(self, kept: KeptAnswer) -> Job:
         return self.queue.get(kept.id)
 
-    def _refuse_when_nothing_lasts(self) -> None:
+    def refuse_new_work(self) -> None:
+        """Raises Draining, DiskLow."""
+        if self.closing.is_set():
+            left = max(0.0, (self.drain_until or 0.0) - time.monotonic())
+            raise Draining("The daemon is shutting down and takes no new work.", retry_after=left + 5)
         if trouble := self.store.trouble:
             raise DiskLow(
                 f"No new work is taken: {trouble}.", hint="Make room on that disk (ENVD_STATE_DIR).", retry_after=30
@@ -265,7 +319,7 @@ class Service:
     def not_ready(self) -> list[str]:
         """Why a reset cannot be served now; empty when it can."""
         reasons = []
-        if self.draining.is_set():
+        if self.closing.is_set():
             reasons.append("the daemon is shutting down")
         elif not self._running:
             reasons.append("the boot queue does not run")

@@ -191,6 +191,8 @@ class Settings(BaseSettings):
     """Largest request body, in bytes."""
     drain_seconds: float = Field(default=1.0, ge=0, le=60)
     """At shutdown, how long running steps may take to finish."""
+    drain_limit: Seconds = 0.0
+    """At shutdown, how long episodes may go on before that, while no new work is taken."""
     docker_host: str = Field(
         default="unix:///var/run/docker.sock", validation_alias=AliasChoices("DOCKER_HOST", "docker_host")
     )

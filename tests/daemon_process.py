@@ -219,6 +219,15 @@ async def reset(session: aiohttp.ClientSession, url: str, env: int = 0) -> dict[
         return job
 
 
+async def crash(session: aiohttp.ClientSession, url: str) -> None:
+    """A reset of env 1 where `CRASH` was run: what it is answered, if it is, says nothing."""
+    try:
+        async with session.post(f"{url}/v1/envs/1/reset", json={}):
+            pass
+    except aiohttp.ClientConnectionError:
+        pass
+
+
 async def ended_job(session: aiohttp.ClientSession, url: str, job_id: str) -> dict[str, Any]:
     """The job once it has ended."""
     after = 0

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from daemon_process import CRASH, DRIVER, Kind, daemon, ended_job, reset, start, watch
+from daemon_process import CRASH, DRIVER, Kind, crash, daemon, ended_job, reset, start, watch
 
 KINDS: list[Kind] = ["hypercorn", "hypercorn in-process"]
 CRASHED = {"hypercorn": 0, "hypercorn in-process": 70}
@@ -82,7 +82,7 @@ async def test_a_crash_of_the_queue_ends_the_whole_command(tmp_path: Path, kind:
     async with daemon(tmp_path / "state", kind=kind, prelude=DRIVER + CRASH, env=env) as (process, session):
         await ended_job(session, process.url, (await reset(session, process.url))["id"])
         assert len(list(made.iterdir())) == 1
-        await reset(session, process.url, 1)
+        await crash(session, process.url)
         assert await process.ended() == CRASHED[kind]
         assert list(made.iterdir()) == []
         assert "injected" in process.text

@@ -15,7 +15,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from daemon_process import CRASH, DRIVER, DaemonProcess, daemon, ended_job, reset, start, watch
+from daemon_process import CRASH, DRIVER, DaemonProcess, crash, daemon, ended_job, reset, start, watch
 from h2.connection import H2Connection
 from h2.events import ResponseReceived
 
@@ -160,7 +160,7 @@ async def test_a_crash_of_the_queue_ends_the_process_and_its_desktops(tmp_path: 
         opened = asyncio.Event()
         stream = asyncio.create_task(watch(session, process.url, opened))
         await opened.wait()
-        await reset(session, process.url, 1)
+        await crash(session, process.url)
         assert await process.ended() == 70
         assert list(made.iterdir()) == []
         assert b"server-shutdown" in await stream

@@ -16,11 +16,12 @@ from starlette.routing import BaseRoute, Route
 
 from .. import __version__
 from ..errors import Problem, StartError, error_classes
-from ..models import Env, Event, Job, ResetRequest, StepRequest, StepResult, Verdict
+from ..models import DrainRequest, Env, Event, Job, ResetRequest, StepRequest, StepResult, Verdict
 from . import legacy, v1
 from .sse import EventStream
 
 MODELS: tuple[type[BaseModel], ...] = (
+    DrainRequest,
     Env,
     Event,
     Job,
@@ -36,6 +37,7 @@ MODELS: tuple[type[BaseModel], ...] = (
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/envs/{env}/reset": ResetRequest,
     "/v1/envs/{env}/step": StepRequest,
+    "/v1/drain": DrainRequest,
     "/env/reset": legacy.LegacyReset,
     "/env/step": legacy.LegacyStep,
     "/env/evaluate": legacy.Slot,

@@ -20,6 +20,7 @@ from starlette.routing import Route
 from ..actions.dialogue import Dialogue
 from ..calls import Sent
 from ..errors import (
+    DesktopLost,
     Draining,
     EpisodeOver,
     InfraError,
@@ -132,6 +133,10 @@ async def step(request: Request) -> Response:
     except EpisodeOver:
         return shape(asked.slot_id, None, done=True, format_reward=0.0)
     messages = None if result.done else await service.envs.messages_after(result)
+    if messages is None and not result.done:
+        raise DesktopLost(
+            f"The step was done, and env {asked.slot_id} plays another episode by now.", hint="Go on with that one."
+        )
     return shape(asked.slot_id, messages, done=result.done, format_reward=result.format_reward, problem=result.problem)
 
 

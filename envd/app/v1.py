@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import time
 
 import anyio
 from starlette.requests import Request
@@ -14,7 +15,7 @@ from .. import __version__
 from ..boot.queue import Reset
 from ..calls import Sent
 from ..errors import InvalidRequest
-from ..models import Job, JobState, LinkRequest, ResetRequest, StepRequest, Verdict
+from ..models import DrainRequest, Job, JobState, LinkRequest, ResetRequest, StepRequest, Verdict
 from ..settings import effective
 from .bodies import env_of, hold, number_in_query, read_call, read_json, read_model, sent, service_of
 from .sse import EventStream
@@ -174,6 +175,17 @@ async def episodes(request: Request) -> Response:
     return JSONResponse({"episodes": await service_of(request).bundles.ids()})
 
 
+async def drain(request: Request) -> Response:
+    """End the daemon once what is played has ended, or `limit_s` seconds are over: no new work is taken from here on.
+    GET tells how far it is."""
+    service = service_of(request)
+    if request.method == "POST":
+        service.ask_to_drain((await read_model(request, DrainRequest)).limit_s)
+    left = None if service.drain_until is None else round(max(0.0, service.drain_until - time.monotonic()), 1)
+    told = {"draining": service.closing.is_set(), "left_s": left, "envs": service.going_on}
+    return JSONResponse(told, 202 if request.method == "POST" else 200, {"Cache-Control": "no-store"})
+
+
 async def livez(request: Request) -> Response:
     """The event loop turns."""
     return JSONResponse({"live": True})
@@ -230,6 +242,7 @@ routes = [
     Route("/v1/events", EventStream(), methods=["GET"]),
     Route("/v1/queue", queue),
     Route("/v1/prewarm", prewarm, methods=["POST"]),
+    Route("/v1/drain", drain, methods=["GET", "POST"]),
     Route("/livez", livez),
     Route("/v1/links", link, methods=["POST"]),
     Route("/readyz", readyz),

@@ -230,9 +230,9 @@ class Fleet:
         left = desktop.created_at + self._settings.ready_timeout - time.time()
         try:
             self._set(entry)
-            # Whatever becomes of us, the next life knows of the instance before there is one.
-            await self._store.settle()
             async with probing:
+                # Whatever becomes of us, the next life knows of the instance before there is one.
+                await self._store.settle()
                 with anyio.fail_after(max(left, 0.0)):
                     made = await make(account)
             # Nothing is awaited from here on: a ready desktop of no env is a spare for whoever looks.

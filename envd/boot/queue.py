@@ -78,6 +78,8 @@ logger = structlog.get_logger(__name__)
 
 BEAT = 5.0
 """Seconds between two signs of life of a consumer that has nothing to do."""
+RESTARTS = 20
+"""Lives of the daemon that a job may have seen end: one that ends each of them must not be taken up for ever."""
 TOLD = 300
 """Characters of a set-up step's detail that a job carries: every event about the job carries it too."""
 
@@ -432,9 +434,13 @@ class BootQueue:
         expires = math.inf if never else began + asked.expires_at - now  # type: ignore[union-attr, operator]
         ticket = _Ticket(job, Reset(), expires, phase_began=began - (now - job.phases[-1].started_at))
         self._tickets[job.id] = ticket
+        if job.state is not JobState.QUEUED or job.position == 1:
+            ticket.job = job = job.model_copy(update={"restarts": job.restarts + 1})
         try:
             if asked is None:
                 raise InternalError("What the job was asked for is not in the journal.")
+            if job.restarts >= RESTARTS:
+                raise InternalError(f"The daemon ended {job.restarts} times while this job ran or was next.")
             ticket.reset = again(asked)
         except EnvdError as error:
             self._end(ticket, JobState.FAILED, error=error)
@@ -560,7 +566,7 @@ class BootQueue:
             started.set()
             while True:
                 self.pulse.beat()
-                while (ticket := self._next_eligible()) and self._serve(ticket, self._tasks):
+                while not self._closed and (ticket := self._next_eligible()) and self._serve(ticket, self._tasks):
                     self._renumber()
                 with anyio.move_on_after(BEAT):
                     await self._wake.wait()
@@ -614,6 +620,10 @@ class BootQueue:
         # million changes of position.
         for ticket in (*reversed(self._waiting), *tuple(self._running)):
             self.cancel(ticket.job.id)
+
+    def hold(self) -> None:
+        """Take no new work, and begin none of what waits; what runs goes on."""
+        self._closed = True
 
     def leave(self) -> None:
         """Take no new work, and leave every job as it is: the next life of the daemon takes them up."""
