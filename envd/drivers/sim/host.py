@@ -18,6 +18,7 @@ import resource
 import socket
 import sys
 from collections.abc import Awaitable, Callable
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -94,23 +95,29 @@ class Host:
         self.daemons.add(connection)
         self._changed.set()
 
-    def create(self, spec: InstanceSpec, behaviour: Behaviour) -> Making:
-        return self._make(spec, behaviour, partial(self.engine.create, spec))
+    def create(self, spec: InstanceSpec, behaviour: Behaviour, tell: Tell) -> Making:
+        return self._make(spec, behaviour, partial(self.engine.create, spec), tell)
 
-    def renew(self, instance_id: str, spec: InstanceSpec, behaviour: Behaviour) -> Making:
-        return self._make(spec, behaviour, partial(self.engine.renew, instance_id, spec))
+    def renew(self, instance_id: str, spec: InstanceSpec, behaviour: Behaviour, tell: Tell) -> Making:
+        return self._make(spec, behaviour, partial(self.engine.renew, instance_id, spec), tell)
 
     async def adopt(self, instance_id: str, tell: Tell) -> Made | None:
+        """What there is of it that lives, once it is made."""
+        made = await self._found(instance_id, tell)
+        if made is not None:
+            self.engine.note_adopted(instance_id)
+        return made
+
+    async def _found(self, instance_id: str, tell: Tell) -> Made | None:
         if (making := self.making.get(instance_id)) is not None:
             with contextlib.suppress(BootFailed):
                 return await making.follow(tell)
             return None
+        if instance_id in self.parked:
+            return await self.unpark(instance_id)
         desktop = self.engine.desktops.get(instance_id)
         if desktop is None or desktop.gone.is_set() or desktop.endpoints is None:
             return None
-        if instance_id in self.parked:
-            await self.unpark(instance_id)
-        self.engine.note_adopted(instance_id)
         return Made(desktop.endpoints, ResetPath.RESTORE if desktop.cloned else ResetPath.COLD)
 
     async def destroy(self, instance_id: str) -> None:
@@ -129,11 +136,11 @@ class Host:
         self.parked.discard(instance_id)
         return made
 
-    def _make(self, spec: InstanceSpec, behaviour: Behaviour, work: Work) -> Making:
+    def _make(self, spec: InstanceSpec, behaviour: Behaviour, work: Work, tell: Tell) -> Making:
         if spec.id in self.making:
             raise BootFailed(f"An instance {spec.id} is being made already.", hint="Choose another id.")
         self.engine.told[spec.id] = behaviour
-        making = self.making[spec.id] = Making(spec.id)
+        making = self.making[spec.id] = Making(spec.id, tell)
         making.task = self._makers.create_task(making.run(work), name=f"make {spec.id}")
         making.task.add_done_callback(lambda _: self._made(spec.id))
         return making
@@ -168,10 +175,10 @@ class Making(Report):
 
     task: asyncio.Task[None]
 
-    def __init__(self, instance_id: str) -> None:
+    def __init__(self, instance_id: str, tell: Tell) -> None:
         self.id = instance_id
         self._outcome: Made | EnvdError | None = BootFailed(f"{instance_id} was destroyed while it was made.")
-        self._followers: set[Tell] = set()
+        self._followers: set[Tell] = {tell}
         self._to_judge: Endpoints | None = None
         self._is_ready = asyncio.Event()
 
@@ -187,9 +194,9 @@ class Making(Report):
 
     async def follow(self, tell: Tell) -> Made | None:
         """What becomes of it. Raises BootFailed."""
-        self._followers.add(tell)
-        if self._to_judge is not None:
+        if tell not in self._followers and self._to_judge is not None:
             tell({"ready": wire.endpoints_to(self._to_judge)})
+        self._followers.add(tell)
         try:
             await asyncio.wait([self.task])
         finally:
@@ -266,10 +273,10 @@ class Connection:
         match asked["do"]:
             case "create":
                 spec, behaviour = wire.spec_from(asked["spec"]), wire.behaviour_from(asked["behaviour"])
-                return _as_made(partial(host.create(spec, behaviour).follow, tell))
+                return _as_made(partial(host.create(spec, behaviour, tell).follow, tell))
             case "renew":
                 spec, behaviour = wire.spec_from(asked["spec"]), wire.behaviour_from(asked["behaviour"])
-                return _as_made(partial(host.renew(asked["id"], spec, behaviour).follow, tell))
+                return _as_made(partial(host.renew(asked["id"], spec, behaviour, tell).follow, tell))
             case "adopt":
                 return _as_made(partial(host.adopt, asked["id"], tell))
             case "unpark":
@@ -327,8 +334,7 @@ def _now(answer: Callable[[], Any]) -> Answer:
 
 
 async def _death(engine: Engine, instance_id: str) -> Message:
-    death = await engine.wait(instance_id)
-    return {"reason": death.reason, "exit_code": death.exit_code, "out_of_memory": death.out_of_memory}
+    return asdict(await engine.wait(instance_id))
 
 
 def _looked_at(desktop: Desktop) -> Message:

@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import AsyncExitStack
 from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
@@ -28,7 +29,9 @@ if TYPE_CHECKING:
     from ...settings import Settings
 
 TO_START = 30.0
-"""Seconds until a sim host must answer that was started."""
+"""Seconds in which a sim host that is started listens."""
+TO_ANSWER = 30.0
+"""Seconds in which one that has the lock answers, or has ended."""
 
 
 class HostedSimDriver(Driver):
@@ -300,17 +303,10 @@ class SimHost:
 
 async def reached(state_dir: Path, *, daemon_id: str, linger_s: float) -> SimHost:
     """A daemon's connection to the host, started where none answers. Raises StartError."""
-    give_up = asyncio.get_running_loop().time() + TO_START
+    give_up = asyncio.get_running_loop().time() + TO_ANSWER
     while True:
-        host = SimHost(state_dir)
         try:
-            await host.__aenter__()
-            try:
-                await host.ask("hello", daemon_id=daemon_id, linger_s=linger_s)
-            except BaseException:
-                await host.close()
-                raise
-            return host
+            return await _greeted(state_dir, daemon_id, linger_s)
         except InfraError as refused:
             raise StartError(
                 f"The sim host of {state_dir} does not serve this daemon: {refused.detail}",
@@ -324,6 +320,14 @@ async def reached(state_dir: Path, *, daemon_id: str, linger_s: float) -> SimHos
                 ) from error
         if not await _started(state_dir):
             await asyncio.sleep(0.02)  # the one that has the lock listens in a moment, or ends
+
+
+async def _greeted(state_dir: Path, daemon_id: str, linger_s: float) -> SimHost:
+    async with AsyncExitStack() as stack:
+        host = await stack.enter_async_context(SimHost(state_dir))
+        await host.ask("hello", daemon_id=daemon_id, linger_s=linger_s)
+        stack.pop_all()
+        return host
 
 
 async def _started(state_dir: Path) -> bool:
