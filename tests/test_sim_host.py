@@ -6,6 +6,7 @@ import asyncio
 import fcntl
 import json
 import os
+import select
 import signal
 import socket
 import sys
@@ -72,10 +73,11 @@ async def ended(handle: int, seconds: float) -> None:
 
 @asynccontextmanager
 async def watched(state_dir: Path) -> AsyncIterator[int]:
-    """A pidfd of the host; it is ended with the block if it runs by then."""
+    """A pidfd of the host; it is ended with the block if it runs by then, and has had nothing to complain about."""
     handle = os.pidfd_open(await pid_of_host(state_dir))
     try:
         yield handle
+        assert (state_dir / wire.LOG).read_text() == ""
     finally:
         with suppress(ProcessLookupError):
             signal.pidfd_send_signal(handle, signal.SIGKILL)
@@ -211,6 +213,10 @@ async def test_one_that_was_parked_is_awake_when_it_is_adopted(tmp_path: Path) -
             assert await answers(made.endpoints.guest)
             await driver.park("a-1")
             assert await driver.unpark("a-1", Report()) == made
+            await driver.park("a-1")
+            async with SimHost(tmp_path) as host:
+                await host.kill("a-1")
+            assert await driver.adopt("a-1", Report()) is None
 
 
 async def test_a_template_whose_judge_died_is_judged_by_whoever_adopts(tmp_path: Path) -> None:
@@ -242,6 +248,22 @@ async def test_a_renewed_desktop_is_known_by_its_new_id(tmp_path: Path) -> None:
         assert (await waiting).reason == "destroyed"
         assert await driver.list() == {"a-2"}
         assert await driver.renew("a-1", spec("a-3"), Report()) is None
+
+
+async def test_a_daemon_that_dies_with_answers_unread_is_missed_by_nobody(tmp_path: Path) -> None:
+    async with hosted_sim(tmp_path, Behaviour(linger_s=0.2)) as driver, watched(tmp_path) as host:
+        await driver.create(spec("a-1"), Report())
+        with socket.socket(socket.AF_UNIX) as rude:
+            rude.connect(str(tmp_path / wire.SOCKET))
+            for call in range(2):
+                rude.sendall(wire.line({"call": call, "do": "hello", "daemon_id": "test", "linger_s": 0.2}))
+            await until(lambda: _readable_now(rude))
+        await driver.__aexit__(None, None, None)
+        await ended(host, 5)
+
+
+async def _readable_now(of: socket.socket) -> bool:
+    return bool(select.select([of], [], [], 0)[0])
 
 
 # The host's own life

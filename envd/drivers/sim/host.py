@@ -50,6 +50,7 @@ class Host:
         self.daemon_id = ""
         """Of the first one. No other is served."""
         self.linger_s = Behaviour().linger_s
+        self._callers: dict[Connection, asyncio.Task[None] | None] = {}
         self._changed = asyncio.Event()
         self._makers = asyncio.TaskGroup()
 
@@ -61,15 +62,19 @@ class Host:
             server.close()
             for making in self.making.values():
                 making.task.cancel()
+            for connection in self._callers:
+                connection.hang_up()
+            if callers := [task for task in self._callers.values() if task is not None]:
+                await asyncio.wait(callers)
 
     async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         connection = Connection(self, writer)
+        self._callers[connection] = asyncio.current_task()
         try:
             await connection.run(reader)
-        except OSError:
-            pass  # whoever asked has died
         finally:
-            writer.close()
+            connection.hang_up()
+            del self._callers[connection]
             if connection in self.daemons:
                 self.daemons.remove(connection)
                 self._changed.set()
@@ -77,7 +82,7 @@ class Host:
     async def _until_unwanted(self) -> None:
         while True:
             self._changed.clear()
-            idle = self.daemon_id and not self.engine.desktops
+            idle = self.daemon_id and not self.engine.desktops and not self.making
             try:
                 async with asyncio.timeout(None if self.daemons else 0 if idle else self.linger_s):
                     await self._changed.wait()
@@ -109,14 +114,15 @@ class Host:
         return made
 
     async def _found(self, instance_id: str, tell: Tell) -> Made | None:
-        if (making := self.making.get(instance_id)) is not None:
-            with contextlib.suppress(BootFailed):
+        try:
+            if (making := self.making.get(instance_id)) is not None:
                 return await making.follow(tell)
-            return None
-        if instance_id in self.parked:
-            return await self.unpark(instance_id)
-        desktop = self.engine.desktops.get(instance_id)
-        if desktop is None or desktop.gone.is_set() or desktop.endpoints is None:
+            desktop = self.engine.desktops.get(instance_id)
+            if desktop is None or desktop.gone.is_set() or desktop.endpoints is None:
+                return None
+            if instance_id in self.parked:
+                await self.unpark(instance_id)
+        except BootFailed:
             return None
         return Made(desktop.endpoints, ResetPath.RESTORE if desktop.cloned else ResetPath.COLD)
 
@@ -245,9 +251,14 @@ class Connection:
             try:
                 async for line in reader:
                     self._take(json.loads(line), group)
+            except ConnectionError:
+                pass  # it has died with answers unread
             finally:
                 for call in self._calls.values():
                     call.cancel()
+
+    def hang_up(self) -> None:
+        self._writer.close()
 
     def _take(self, message: Message, group: asyncio.TaskGroup) -> None:
         number = message["call"]
