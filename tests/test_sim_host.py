@@ -155,6 +155,16 @@ async def test_a_desktop_outlives_a_daemon_that_is_killed_and_remembers_what_was
             await ended(host, 5)
 
 
+async def test_a_daemon_that_is_told_to_end_leaves_neither_desktops_nor_host(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    async with daemon(state, env={"ENVD_SIM": "outlive"}) as (process, session):
+        await ended_job(session, process.url, (await reset(session, process.url))["id"])
+        async with watched(state) as host:
+            process.signal(signal.SIGTERM)
+            assert await process.ended() == 0
+            await ended(host, 5)
+
+
 async def test_a_create_that_its_daemon_did_not_see_the_end_of_is_adopted_when_it_is_done(tmp_path: Path) -> None:
     async with opened_elsewhere(tmp_path, "create=0.5,boot=0.2") as process, watched(tmp_path):
         async with SimHost(tmp_path) as host:
