@@ -32,7 +32,7 @@ from envd.drivers import make_driver
 from envd.drivers.aws import instances
 from envd.drivers.base import Death, Driver, InstanceSpec, Made, Report
 from envd.drivers.qemu import QemuDriver
-from envd.drivers.sim import SimDriver
+from envd.drivers.sim import HostedSimDriver, SimDriver, SimHost
 from envd.errors import BootFailed, GuestMisbehaved
 from envd.guest import Cdp, Guest
 from envd.models import Endpoints, Probe, ResetPath
@@ -53,6 +53,10 @@ class Provider:
     """Whether its desktops are virtual machines, which are clones of one template then."""
     cloud: bool = False
     """Whether they are instances of the account that is shared by these tests."""
+    adopts: bool = False
+    """Whether they outlive the driver, and another one takes them over."""
+    sim: str = ""
+    """How those of `sim` behave."""
 
     def driver(self, state_dir: Path, daemon_id: str = "test") -> Driver:
         machine: dict[str, Any] = {"template_dir": shared() / "templates", **MACHINE} if self.virtual else {}
@@ -61,6 +65,7 @@ class Provider:
             "state_dir": state_dir,
             "screen": SCREEN,
             "docker_image": self.image,
+            "sim": self.sim,
         }
         if self.cloud:
             about |= settings_in(ACCOUNTS[0][0])
@@ -70,6 +75,13 @@ class Provider:
 async def stop_the_sim(driver: Driver, instance_id: str, _: Endpoints) -> str:
     assert isinstance(driver, SimDriver)
     driver.kill(instance_id, "pulled the plug")
+    return "plug"
+
+
+async def stop_the_hosted_sim(driver: Driver, instance_id: str, _: Endpoints) -> str:
+    assert isinstance(driver, HostedSimDriver)
+    async with SimHost(driver.state_dir) as host:
+        await host.kill(instance_id, "pulled the plug")
     return "plug"
 
 
@@ -109,6 +121,7 @@ async def terminate_the_instance(_: Driver, __: str, endpoints: Endpoints) -> st
 
 DRIVERS = [
     pytest.param(Provider("sim", stop_the_sim), id="sim"),
+    pytest.param(Provider("sim", stop_the_hosted_sim, adopts=True, sim="outlive,linger=10"), id="sim outlive"),
     pytest.param(Provider("aws", terminate_the_instance, cloud=True), id="aws"),
     pytest.param(Provider("local", kill_the_x_server), id="local", marks=pytest.mark.local),
     pytest.param(Provider("docker", kill_the_containers_x_server), id="docker", marks=pytest.mark.docker),
@@ -390,3 +403,32 @@ async def test_the_log_is_there_while_the_instance_is_and_never_an_error(provide
             assert await driver.log_tail("a-1")
             assert len(await driver.log_tail("a-1", lines=1)) == 1
         assert await driver.log_tail("a-1") == await driver.log_tail("../a") == await driver.log_tail("b-1") == ()
+
+
+@pytest.mark.parametrize("provider", [one for one in DRIVERS if one.values[0].adopts])  # type: ignore[union-attr]
+async def test_an_instance_of_an_earlier_life_is_adopted(provider: Provider, tmp_path: Path) -> None:
+    async with provider.driver(tmp_path) as earlier:
+        made = await earlier.create(spec("a-1"), Report())
+    async with provider.driver(tmp_path) as driver:
+        try:
+            adopted = await driver.adopt("a-1", Report())
+            assert adopted is not None
+            assert adopted.endpoints == made.endpoints
+            async with asyncio.timeout(PATIENCE), aiohttp.ClientSession() as http:
+                guest, cdp = Guest(http, adopted.endpoints.guest), Cdp(http, adopted.endpoints.cdp)
+                await Readiness(guest, cdp, SCREEN, interval=0.03, chrome_grace=30, watcher=Silent()).wait()
+            waiting = asyncio.create_task(driver.wait("a-1"))
+            assert await listed(driver) == {"a-1"}
+            assert not waiting.done()
+        finally:
+            await driver.destroy("a-1")
+        assert isinstance(await waiting, Death)
+        assert await refuses(adopted.endpoints.guest)
+        assert await listed(driver) == set()
+
+
+@every_driver
+async def test_what_never_existed_is_not_adopted(provider: Provider, tmp_path: Path) -> None:
+    async with provider.driver(tmp_path) as driver:
+        assert await driver.adopt("never-made", Report()) is None
+        assert await driver.adopt("../a", Report()) is None

@@ -14,7 +14,7 @@ DRIVERS = {
     "docker": "DockerDriver",
     "local": "LocalDriver",
     "qemu": "QemuDriver",
-    "sim": "SimDriver",
+    "sim": "sim_driver",
 }
 
 

@@ -3,6 +3,7 @@
 ENVD_SIM=slow                    a preset
 ENVD_SIM=boot=2,fail=0.1         fields, without their unit suffix
 ENVD_SIM=flaky,cdp=launch        a preset, then changes to it
+ENVD_SIM=outlive,boot=0.3        what is true or false is true when it is named
 """
 
 from __future__ import annotations
@@ -154,6 +155,10 @@ class Behaviour:
     """`destroy` takes so long."""
     destroy_fails: int = 0
     """So many first calls of `destroy` raise InfraError."""
+    outlive: bool = False
+    """Desktops live in a process of their own, the sim host, and so outlive the daemon. They have no console then."""
+    linger_s: float = 60.0
+    """The sim host, and all that is in it, ends when there was no daemon for so long."""
 
     def __post_init__(self) -> None:
         for name in (one.name for one in fields(self) if one.type in ("float", "float | None") and one.name != "fail"):
@@ -169,6 +174,8 @@ class Behaviour:
             raise ValueError(f"bad takes some of {', '.join(BAD)}")
         if self.dies_when not in ("booting", "ready"):
             raise ValueError("dies_when is booting or ready")
+        if self.outlive and self.console:
+            raise ValueError("what outlives the daemon has no console")
         for name in ("hang", "lose", "spoil"):
             route = getattr(self, name)
             if route and route != "*" and not route.startswith("/"):
@@ -188,14 +195,14 @@ class Behaviour:
             key = key.strip()
             if not equals and position == 0 and key in PRESETS:
                 behaviour = PRESETS[key]
-            elif not equals:
+            elif not equals and key not in _FLAGS:
                 raise _complaint(text, f"{key or 'an empty item'}: expected key=value{_nearest(key, PRESETS)}")
             elif key not in _FIELDS:
                 raise _complaint(text, f"no such key {key}{_nearest(key, _FIELDS)}")
             elif key in given:
                 raise _complaint(text, f"{key} is given twice")
             else:
-                given[key] = _value(text, key, value.strip())
+                given[key] = _value(text, key, value.strip() if equals else "true")
         try:
             return replace(behaviour, **{_FIELDS[key]: value for key, value in given.items()})
         except ValueError as error:
@@ -248,6 +255,7 @@ def _several(value: str) -> tuple[str, ...]:
 
 
 _FIELDS = {_key(one.name): one.name for one in fields(Behaviour) if one.name != "on"}
+_FLAGS = {_key(one.name) for one in fields(Behaviour) if one.type == "bool"}
 _READERS: dict[str, tuple[Callable[[str], Any], str]] = {
     "float": (_seconds, "a number"),
     "float | None": (_seconds_or_never, "a number, launch or none"),

@@ -22,10 +22,13 @@ if TYPE_CHECKING:
     from ...settings import Settings
 
 Verb = (
-    Literal["create-begin", "create-end", "clone-begin", "renew", "park", "unpark", "destroy-begin", "destroy-end"]
+    Literal[
+        "create-begin", "create-end", "clone-begin", "renew", "adopt", "park", "unpark", "destroy-begin", "destroy-end"
+    ]
     | Change
 )
 Behaviours = Behaviour | Sequence[Behaviour] | Callable[[int], Behaviour]
+TRAITS = Traits(boot_width=1, make_before_break=True, probe_interval_s=0.01, monitor_interval_s=0.2)
 
 
 class Entry(NamedTuple):
@@ -48,7 +51,7 @@ class SimDriver(Driver):
     """
 
     name: ClassVar[str] = "sim"
-    traits: Traits = Traits(boot_width=1, make_before_break=True, probe_interval_s=0.01, monitor_interval_s=0.2)
+    traits: Traits = TRAITS
 
     def __init__(self, settings: Settings, daemon_id: str, behaviour: Behaviours | None = None) -> None:
         """Behaves as `behaviour` says, else as `settings.sim`. Raises SettingsError if that cannot be read."""
@@ -60,10 +63,7 @@ class SimDriver(Driver):
         self._turn = asyncio.Lock()
         self._has_template = False
         self._restores = 0
-        first = self._next_behaviour()
-        self.traits = replace(self.traits, keeps_old=first.renews, parks_spares=first.parks)
-        if settings.clone_width is not None:
-            self.traits = replace(self.traits, restore_width=settings.clone_width)
+        self.traits = traits_of(self._next_behaviour(), settings)
 
     async def __aenter__(self) -> Self:
         return self
@@ -228,16 +228,27 @@ class SimDriver(Driver):
         return desktop
 
     def _next_behaviour(self) -> Behaviour:
-        match self.behaviours:
-            case Behaviour():
-                return self.behaviours
-            case Sequence():
-                return self.behaviours[min(self._made, len(self.behaviours) - 1)]
-            case pick:
-                return pick(self._made)
+        return behaviour_of(self._made, self.behaviours)
 
     def _note(self, verb: Verb, instance_id: str) -> None:
         self.journal.append(Entry(time.monotonic(), verb, instance_id))
+
+
+def behaviour_of(number: int, behaviours: Behaviours) -> Behaviour:
+    """How the `number`th desktop of a driver behaves, from 0."""
+    match behaviours:
+        case Behaviour():
+            return behaviours
+        case Sequence():
+            return behaviours[min(number, len(behaviours) - 1)]
+        case pick:
+            return pick(number)
+
+
+def traits_of(first: Behaviour, settings: Settings) -> Traits:
+    """Of a driver whose first desktop behaves so."""
+    traits = replace(TRAITS, keeps_old=first.renews, parks_spares=first.parks)
+    return traits if settings.clone_width is None else replace(traits, restore_width=settings.clone_width)
 
 
 def boots_in_flight_max(journal: Iterable[tuple[float, str, str]]) -> int:
