@@ -408,6 +408,7 @@ def _without_a_hole(rows: Iterable[tuple[str, Event]]) -> list[Event]:
 
 
 def _make_private(path: Path) -> None:
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
 
 

@@ -62,6 +62,8 @@ class FakeServer:
         self.seen: list[tuple[str, str, dict[str, Any]]] = []
         """(method, path with query, {"body", "last_event_id"})"""
         self.history: list[dict[str, Any]] = []
+        self.keeps_keys = False
+        """It says of itself that it answers keyed calls again."""
         self.score: Any = 1.0
         self.verdict = verdict()
         self.bundles: dict[str, bytes] = {}
@@ -177,16 +179,24 @@ class FakeServer:
         self, request: web.Request, handler: Callable[[web.Request], Awaitable[web.StreamResponse]]
     ) -> web.StreamResponse:
         text = await request.text()
-        facts = {"body": json.loads(text) if text else None, "last_event_id": request.headers.get("Last-Event-ID")}
+        facts = {
+            "body": json.loads(text) if text else None,
+            "last_event_id": request.headers.get("Last-Event-ID"),
+            "key": request.headers.get("Idempotency-Key"),
+            "deadline": request.headers.get("X-Request-Deadline"),
+        }
         self.seen.append((request.method, request.path_qs, facts))
         self._notify()
         faults = self._faults[request.method, request.path]
         try:
             if faults and (broken := await faults.popleft()(request)) is not None:
                 return broken
-            return await handler(request)
+            answer = await handler(request)
         except EnvdError as error:
-            return problem(error)
+            answer = problem(error)
+        if self.keeps_keys and not answer.prepared:
+            answer.headers["Envd-Version"] = "0"
+        return answer
 
     def _find(self, request: web.Request) -> Job:
         job = self.jobs.get(request.match_info["job"])

@@ -19,6 +19,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, ExceptionHandler, Message, Receive, Scope, Send
 
+from .. import __version__
 from ..errors import EnvdError, InternalError, MethodNotAllowed, NotFound, RequestError
 
 logger = structlog.get_logger(__name__)
@@ -68,6 +69,7 @@ class Boundary:
                 status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
+                headers["envd-version"] = __version__
                 if scope["path"].startswith(ONE_CALL_EACH) and scope["http_version"] in ("1.0", "1.1"):
                     headers["connection"] = "close"
                 await body.read_rest()

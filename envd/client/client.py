@@ -188,14 +188,14 @@ class Client:
         timeout: float | None = None,
     ) -> StepResult:
         """Act on the desktop: either `prediction`, the model's text, or `actions`, which are pyautogui programs or
-        DONE, WAIT, FAIL. Sent once."""
+        DONE, WAIT, FAIL. Done once: an answer that was lost is asked for again, also over a restart of the server."""
         body: dict[str, Any] = {"prediction": prediction, "actions": actions, "pause_s": pause_s}
         body = {name: value for name, value in body.items() if value is not None}
         answer = await self.http.request(
             "POST",
             f"/v1/envs/{env}/step",
             body=body | {"include_screenshot": include_screenshot},
-            resend=Resend.UNSENT,
+            resend=Resend.KEYED,
             deadline=self._deadline(timeout),
         )
         return _parsed(StepResult, answer)
@@ -277,7 +277,7 @@ class Client:
 
     async def _submit(self, path: str, body: Any, deadline: Deadline) -> Job:
         answer = await self.http.request(
-            "POST", path, body=body, resend=Resend.REFUSED, deadline=deadline, attempt_timeout=ATTEMPT_SECONDS
+            "POST", path, body=body, resend=Resend.KEYED, deadline=deadline, attempt_timeout=ATTEMPT_SECONDS
         )
         return parsed_job(answer.object())
 

@@ -13,6 +13,7 @@ import random
 import re
 import socket
 import time
+import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -44,6 +45,8 @@ QUIET_SECONDS = 45.0
 """A stream without even a heartbeat for so long (three times the server's interval) is dead."""
 BODY_LIMIT = 64 * 1024 * 1024
 FIRST_CONTACT_SECONDS = 3.0
+KEEPS_KEYS = "Envd-Version"
+"""A header of every answer of a server that keeps idempotency keys."""
 
 OnRetry = Callable[[EnvdError, float], None]
 """Told why a call is made again, and after how many seconds. Must not block."""
@@ -52,10 +55,10 @@ OnRetry = Callable[[EnvdError, float], None]
 class Resend(Enum):
     """When a request may be made again."""
 
-    UNSENT = "unsent"
-    """Only when no connection was made. For input."""
-    REFUSED = "refused"
-    """Also after a refusal for want of capacity with Retry-After, which says that nothing was accepted."""
+    KEYED = "keyed"
+    """Also after a refusal for want of capacity with Retry-After, which says that nothing was accepted; and when the
+    answer was lost, if the server is one that keeps idempotency keys: it answers again and does nothing twice. Of
+    another server, input whose answer was lost is not sent again."""
     ALWAYS = "always"
     """Also when the answer was lost: the request changes nothing, or does what it does once however often it comes."""
 
@@ -116,6 +119,7 @@ class Transport:
         self.patience = patience
         self._session: aiohttp.ClientSession | None = None
         self._reached = False
+        self._keeps_keys = False
 
     async def aclose(self) -> None:
         session, self._session = self._session, None
@@ -150,11 +154,12 @@ class Transport:
         `deadline` bounds everything; `attempt_timeout` one try of it.
         """
         content = _encoded(body)
+        key = uuid.uuid4().hex if method == "POST" else ""
         backoff = Backoff()
         silent_since: float | None = None
         while True:
             try:
-                answer = await self._attempt(method, path, content, params, deadline, attempt_timeout, limit, into)
+                answer = await self._attempt(method, path, content, params, deadline, attempt_timeout, limit, into, key)
                 if answer.ok or answer.status in accept:
                     return answer
                 error = answer.error()
@@ -162,11 +167,12 @@ class Transport:
                 error = unreachable
             pause = backoff.next() + (error.retry_after or 0.0)
             if isinstance(error, ServerUnreachable):
-                again = resend is Resend.ALWAYS or error.facts.get("outcome") == "not_sent"
+                known = resend is Resend.KEYED and self._keeps_keys
+                again = resend is Resend.ALWAYS or known or error.facts.get("outcome") == "not_sent"
                 silent_since = silent_since or time.monotonic()
                 give_up = min(deadline.at, silent_since + self.patience_of(patience))
             else:
-                again = resend is not Resend.UNSENT and _refused_for_now(error)
+                again = _refused_for_now(error)
                 silent_since = None
                 give_up = deadline.at
             if not again or time.monotonic() + pause > give_up:
@@ -210,9 +216,13 @@ class Transport:
         attempt_timeout: float | None,
         limit: int,
         into: Into | None,
+        key: str,
     ) -> Answer:
         left = deadline.left_or_none
         total = min((t for t in (left, attempt_timeout) if t is not None), default=None)
+        headers = {"Content-Type": "application/json"} if content is not None else {}
+        headers |= {"Idempotency-Key": key} if key else {}
+        headers |= {"X-Request-Deadline": f"{total:.3f}"} if total is not None and method == "POST" else {}
         request = f"{method} {self.url}{path}"
         with translated(self.url, request):
             # aiohttp reads a total of 0 as none.
@@ -220,13 +230,14 @@ class Transport:
                 method,
                 self.url + path,
                 data=content,
-                headers={"Content-Type": "application/json"} if content is not None else None,
+                headers=headers,
                 params=params,
                 timeout=aiohttp.ClientTimeout(
                     total=None if total is None else max(total, 0.001), sock_connect=CONNECT_SECONDS
                 ),
                 allow_redirects=False,
             ) as response:
+                self._keeps_keys = KEEPS_KEYS in response.headers
                 answer = await self._read(response, request, limit, into)
         self._reached = True
         return answer

@@ -121,12 +121,13 @@ class RemoteEnvWorker:
             return self._old(error, self._observation(None, 0.0))
 
     async def step(self, prediction: str) -> Observation:
-        """Do what the model said; sent once. Raises ServerUnreachable with `outcome` "unknown" when the answer was
-        lost: the desktop may or may not have been acted on."""
+        """Do what the model said; done once. An answer that was lost is asked for again, if the server keeps
+        idempotency keys. Raises ServerUnreachable with `outcome` "unknown" when there is no answer to be had: the
+        desktop may or may not have been acted on."""
         self._is_init = False
         try:
             answer = await self._post(
-                "/env/step", Resend.UNSENT, Deadline.after(self._step_timeout), prediction=prediction
+                "/env/step", Resend.KEYED, Deadline.after(self._step_timeout), prediction=prediction
             )
             return await self._taken(answer)
         except EnvdError as error:
@@ -169,7 +170,7 @@ class RemoteEnvWorker:
 
     async def _reset(self, task_config: dict[str, Any], deadline: Deadline) -> Observation:
         try:
-            answer = await self._post("/env/reset", Resend.REFUSED, deadline, task_config=task_config)
+            answer = await self._post("/env/reset", Resend.KEYED, deadline, task_config=task_config)
         except StillBooting as booting:
             job = booting.facts.get("job")
             if not isinstance(job, dict) or "id" not in job:
