@@ -70,6 +70,7 @@ class Journal(MemoryStore):
         self._asked = self._done = 0
         self._wanted, self._moved = anyio.Event(), anyio.Event()
         self._low = self._broken = ""
+        self._doubtful = False
 
     @classmethod
     @asynccontextmanager
@@ -111,8 +112,9 @@ class Journal(MemoryStore):
     async def _end(self) -> None:
         """One last try, also on a disk that took nothing before."""
         try:
-            if self._done < self._asked:
-                await self._write()
+            for _ in range(2):
+                if self._done < self._asked:
+                    await self._write()
             if self._done < self._asked:
                 logger.error(
                     "what was written last is not in the journal",
@@ -193,14 +195,27 @@ class Journal(MemoryStore):
             with anyio.CancelScope(shield=True):
                 await self._do(self._file.write, self._writing)
         except Exception as error:  # noqa: BLE001 - whatever it was, it may not end the daemon, or lose what waits
+            if not self._doubtful:
+                # Before anything is shown that may never be written.
+                await self._doubt(True)
             self._waiting, self._writing = self._writing.before(self._waiting), Batch()
             self._fail(error)
             return
-        self._writing = Batch()
-        if self._broken:
-            logger.info("the journal is written again", file=str(self.path))
+        again, self._writing = bool(self._broken), Batch()
         self._broken, self._done = "", asked
         self._tell()
+        if again:
+            logger.info("the journal is written again", file=str(self.path))
+            # What came meanwhile was shown, too, and waits for one more batch.
+            self._ask()
+        elif self._doubtful:
+            await self._doubt(False)
+
+    async def _doubt(self, doubtful: bool) -> None:
+        """Whether events were shown that are not in the file."""
+        with anyio.CancelScope(shield=True):
+            await self._do(self._file.is_whole, not doubtful)
+        self._doubtful = doubtful
 
     def _fail(self, error: Exception) -> None:
         if not self._broken:

@@ -42,6 +42,8 @@ MIGRATIONS: tuple[str, ...] = (
 )
 """Scripts, each from one version of the file to the next; the version is SQLite's user_version."""
 
+SMALLEST = 512
+"""Bytes of SQLite's smallest page: what is shorter it takes for empty."""
 LOCKED = 5.0
 """Seconds that a write waits for another program that writes to the file."""
 WAL_KEPT = 8 * 1024**2
@@ -87,6 +89,7 @@ class JournalFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._whole = path.with_name(f"{path.name}-whole")
         self._database: sqlite3.Connection
 
     # -- opening ------------------------------------------------------------------------------------------------
@@ -164,13 +167,23 @@ class JournalFile:
         rows = self._fetch(newest)
         events = _without_a_hole(_read(Event, reversed(rows)))
         epoch = "".join(str(value, errors="replace") for (value,) in self._fetch("SELECT value FROM facts"))
-        if rows and events and events[-1].id == f"{epoch}-{rows[0][0]}":
+        if rows and events and events[-1].id == f"{epoch}-{rows[0][0]}" and self._whole.exists():
             return Kept(epoch, jobs, events)
         # No id of an event is given out twice: where the newest is not known, numbers begin anew under another name.
         with self._transaction():
             self._fetch("DELETE FROM events")
             self._fetch("INSERT OR REPLACE INTO facts VALUES ('epoch', ?)", new_epoch)
+        self.is_whole(True)
         return Kept(new_epoch, jobs, [])
+
+    def is_whole(self, whole: bool) -> None:
+        """Whether every event that was shown is in the file. If that is not so when this life ends, the next counts
+        under another name. It is told by a file that is there or not: to take one away needs no room on the disk."""
+        with suppress(OSError):
+            if whole:
+                self._whole.touch(mode=0o600)
+            else:
+                self._whole.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Also when it was never opened, or twice. What SQLite cannot tidy up now it does when it is opened again."""
@@ -254,7 +267,7 @@ class JournalFile:
         """What was put before then, for SLICE seconds. Whether there may be more."""
         with self._slice() as goes_on:
             while goes_on():
-                if not self._forget_oldest(kind, before):
+                if not self._forget_oldest(kind, 20, before):
                     return False
         return True
 
@@ -269,7 +282,7 @@ class JournalFile:
                 oldest = min(((at, kind) for kind, at in ages.items() if at is not None), default=None)
                 if oldest is None or self.size() <= limit:
                     return False
-                self._forget_oldest(oldest[1])
+                self._forget_oldest(oldest[1], 1)
         return True
 
     def give_back(self) -> bool:
@@ -295,10 +308,11 @@ class JournalFile:
         with self._transaction():
             yield lambda: time.monotonic() < until
 
-    def _forget_oldest(self, kind: Kind, before: float = math.inf) -> int:
-        """A few of them. How many there were."""
+    def _forget_oldest(self, kind: Kind, most: int, before: float = math.inf) -> int:
+        """How many there were."""
         return self._database.execute(
-            f"DELETE FROM {kind} WHERE rowid IN (SELECT rowid FROM {kind} WHERE at < ? ORDER BY at LIMIT 20)", (before,)
+            f"DELETE FROM {kind} WHERE rowid IN (SELECT rowid FROM {kind} WHERE at < ? ORDER BY at LIMIT ?)",
+            (before, most),
         ).rowcount
 
     def _number(self, pragma: str) -> int:
@@ -359,7 +373,7 @@ def _make_private(path: Path) -> bool:
     """Whether it is new."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fresh = os.fstat(descriptor).st_size == 0
+        fresh = os.fstat(descriptor).st_size < SMALLEST
     finally:
         os.close(descriptor)
     with suppress(FileNotFoundError):

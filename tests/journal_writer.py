@@ -60,7 +60,7 @@ def kill_at(when: str, number: int) -> None:
         if mine:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    JournalFile._transaction = deadly  # type: ignore[method-assign] # that is what this process is for
+    JournalFile._transaction = deadly  # type: ignore[method-assign,assignment] # that is what this process is for
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ import pytest
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from journaling import Note, at, job, names, set_aside, until
 
 from envd import journal as journal_module
 from envd import journal_file
@@ -32,28 +33,11 @@ from envd.errors import DiskLow, SettingsError
 from envd.events import EventLog
 from envd.journal import FILE, Journal
 from envd.journal_file import Batch, JournalFile
-from envd.models import Event, Job, JobState, Model
-from envd.settings import Settings, load
+from envd.models import Event, Job, JobState
 from envd.store import Kind, MemoryStore, Store
 
+LIVES = 30
 WRITER = Path(__file__).with_name("journal_writer.py")
-
-
-class Note(Model):
-    text: str = ""
-    facts: dict[str, Any] = {}
-
-
-def at(folder: Path, **values: Any) -> Settings:
-    return load({}, None, state_dir=folder, **values)
-
-
-def job(number: int, **facts: Any) -> Job:
-    return Job(**({"id": f"job-{number}", "env": number, "created_at": float(number)} | facts))
-
-
-def ended(number: int, at: float) -> Job:
-    return job(number, state=JobState.FAILED, ended_at=at)
 
 
 @pytest.fixture(autouse=True)
@@ -74,16 +58,10 @@ async def seen_by_another_process(folder: Path, query: str) -> str:
     return said.decode().strip()
 
 
-async def until(fact: Any, seconds: float = 10) -> None:
-    with anyio.fail_after(seconds):
-        while not fact():  # noqa: ASYNC110 - what it waits for is on the disk, and wakes nobody
-            await anyio.sleep(0.01)
-
-
 def as_after_a_kill(folder: Path, other: Path) -> Path:
     """What a process that is killed now would leave: the file, and SQLite's log beside it."""
     other.mkdir()
-    for suffix in ("", "-wal"):
+    for suffix in ("", "-wal", "-whole"):
         shutil.copy(folder / f"{FILE}{suffix}", other / f"{FILE}{suffix}")
     return other
 
@@ -103,7 +81,7 @@ async def test_what_was_committed_is_read_by_another_process_and_by_the_next_lif
         query = "SELECT (SELECT id FROM jobs), (SELECT id FROM leases), (SELECT sequence FROM events)"
         assert await seen_by_another_process(tmp_path, query) == "[('job-1', 'mine', 1)]"
         epoch = journal.epoch
-    assert sorted(path.name for path in tmp_path.iterdir()) == [FILE]
+    assert names(tmp_path) == [FILE, f"{FILE}-whole"]
     assert (tmp_path / FILE).stat().st_mode & 0o777 == 0o600
     async with Journal.open(at(tmp_path)) as journal:
         assert (journal.epoch, list(journal.jobs()), list(journal.events())) == (epoch, [job(1)], [event])
@@ -155,11 +133,11 @@ async def test_of_what_waits_the_newest_version_alone_is_written(
 
 
 async def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path: Path) -> None:
-    """Thirty lives on one file: killed at any moment, right before a COMMIT, and right after one."""
+    """Many lives on one file: killed at any moment, right before a COMMIT, and right after one."""
     chosen = random.Random(1)
     acknowledged: set[int] = set()
     first, epoch = 0, ""
-    for life in range(30):
+    for life in range(LIVES):
         how = ([], ["before", str(chosen.randrange(1, 20))], ["after", str(chosen.randrange(1, 20))])[life % 3]
         process = await asyncio.create_subprocess_exec(
             sys.executable, str(WRITER), str(tmp_path), str(first), *how, stdout=asyncio.subprocess.PIPE
@@ -185,7 +163,7 @@ async def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path: Path) -> Non
             assert not epoch or journal.epoch == epoch
             epoch = journal.epoch if numbers else ""
             first = max((number for number in kept if number is not None), default=-1) + 1
-    assert not list(tmp_path.glob("*.broken-*"))
+    assert not set_aside(tmp_path)
     assert len(acknowledged) > 200
 
 
@@ -196,6 +174,7 @@ async def test_a_kill_loses_nothing_that_was_acknowledged(tmp_path: Path) -> Non
 
 async def filled(folder: Path, commits: int, copy: Path | None = None) -> None:
     """Commits of one job, record and event each. `copy` is what a kill would leave behind the last."""
+    await anyio.Path(folder).mkdir(exist_ok=True)
     async with Journal.open(at(folder)) as journal:
         events = EventLog(journal)
         for number in range(commits):
@@ -229,13 +208,14 @@ async def test_a_log_with_a_torn_end_is_read_up_to_an_earlier_commit(tmp_path: P
             torn[place] ^= chosen.randrange(1, 256)
         (tmp_path / "torn").mkdir()
         shutil.copy(tmp_path / "killed" / FILE, tmp_path / "torn")
+        shutil.copy(tmp_path / "killed" / f"{FILE}-whole", tmp_path / "torn")
         (tmp_path / "torn" / f"{FILE}-wal").write_bytes(torn)
         jobs, steps, events = await what_is_there(tmp_path / "torn")
         found.add(len(jobs))
         assert jobs == [job(number) for number in range(len(jobs))]
         assert steps == {f"step-{number}": Note(text="x" * 3000 + str(number)) for number in range(len(jobs))}
         assert events == list(range(1, len(jobs) + 1))
-        assert not list((tmp_path / "torn").glob("*.broken-*"))
+        assert not set_aside(tmp_path / "torn")
         shutil.rmtree(tmp_path / "torn")
     assert len(found) > 5
 
@@ -255,16 +235,13 @@ async def test_of_a_file_with_a_hole_nothing_wrong_is_read(
         spoilt[place : place + size] = bytes(value ^ chosen.randrange(1, 256) for value in spoilt[place : place + size])
         (tmp_path / "hole").mkdir()
         (tmp_path / "hole" / FILE).write_bytes(spoilt)
+        (tmp_path / "hole" / f"{FILE}-whole").touch()
         caplog.clear()
         jobs, steps, _ = await what_is_there(tmp_path / "hole")
-        assert (
-            set(jobs) <= {job(number) for number in range(40)}
-            if False
-            else all(job(one.env or 0) == one for one in jobs)
-        )
+        assert all(one == job(one.env or 0) for one in jobs)
         assert all(step == Note(text="x" * 3000 + one.removeprefix("step-")) for one, step in steps.items())
         async with Journal.open(at(tmp_path / "hole")) as journal:
-            if aside := list((tmp_path / "hole").glob("*.broken-*")):
+            if aside := set_aside(tmp_path / "hole"):
                 assert (journal.epoch != epoch, jobs, steps) == (True, [], {})
                 assert str(aside[0]) in str([record.__dict__ for record in caplog.records])
                 fates.append("set aside")
@@ -272,8 +249,7 @@ async def test_of_a_file_with_a_hole_nothing_wrong_is_read(
                 assert "a record of the journal cannot be read" in caplog.text
                 fates.append("passed over")
         shutil.rmtree(tmp_path / "hole")
-    assert len(set(fates)) == (2 if size == 1 else len(set(fates)))
-    assert "set aside" in fates or "passed over" in fates
+    assert ("passed over" if size == 1 else "set aside") in fates
 
 
 @pytest.mark.parametrize(
@@ -281,7 +257,6 @@ async def test_of_a_file_with_a_hole_nothing_wrong_is_read(
     [
         pytest.param(random.Random(4).randbytes(50_000), id="random bytes"),
         pytest.param(b"a letter to somebody\n" * 500, id="text"),
-        pytest.param(b"x", id="one byte"),
         pytest.param(b"SQLite format 3\0" + bytes(5000), id="a header alone"),
     ],
 )
@@ -292,7 +267,7 @@ async def test_a_file_that_is_no_journal_is_set_aside(
     async with Journal.open(at(tmp_path)) as journal:
         journal.put_job(job(1))
         await journal.commit()
-    [aside] = tmp_path.glob("*.broken-*")
+    [aside] = set_aside(tmp_path)
     assert aside.read_bytes() == content
     assert [getattr(record, "file", "") for record in caplog.records if "set aside" in record.message] == [str(aside)]
 
@@ -301,7 +276,7 @@ async def test_a_journal_whose_head_is_lost_is_set_aside_with_its_log(tmp_path: 
     await filled(tmp_path / "made", 5, tmp_path / "killed")
     (tmp_path / "killed" / FILE).write_bytes(b"")
     assert await what_is_there(tmp_path / "killed") == ([], {}, [])
-    assert len(list((tmp_path / "killed").glob("*.broken-*"))) == 2
+    assert len(set_aside(tmp_path / "killed")) == 2
 
 
 async def test_a_database_of_something_else_is_set_aside(tmp_path: Path) -> None:
@@ -309,18 +284,20 @@ async def test_a_database_of_something_else_is_set_aside(tmp_path: Path) -> None
         database.execute("CREATE TABLE jobs (title TEXT)")
     database.close()
     assert await what_is_there(tmp_path) == ([], {}, [])
-    assert len(list(tmp_path.glob("*.broken-*"))) == 1
+    assert len(set_aside(tmp_path)) == 1
 
 
-async def test_an_empty_file_is_a_new_journal(tmp_path: Path) -> None:
-    (tmp_path / FILE).touch()
+@pytest.mark.parametrize("content", [b"", b"x"])
+async def test_an_empty_file_is_a_new_journal(tmp_path: Path, content: bytes) -> None:
+    """To SQLite a few bytes are none."""
+    (tmp_path / FILE).write_bytes(content)
     assert await what_is_there(tmp_path) == ([], {}, [])
-    assert not list(tmp_path.glob("*.broken-*"))
+    assert not set_aside(tmp_path)
 
 
 async def test_a_directory_in_its_place_is_told_of(tmp_path: Path) -> None:
     (tmp_path / FILE).mkdir()
-    with pytest.raises(SettingsError, match="cannot be used: .*directory"):
+    with pytest.raises(SettingsError, match=r"cannot be used: .*directory"):
         await what_is_there(tmp_path)
 
 
@@ -468,7 +445,7 @@ async def test_a_record_that_cannot_be_read_is_passed_over(tmp_path: Path, caplo
         assert await journal.get(Kind.STEPS, "a", Note) is None
         # Of another kind than is asked for.
         assert await journal.all(Kind.STEPS, Job) == {}
-    assert sum("cannot be read" in record.message for record in caplog.records) == 5
+    assert sum("cannot be read" in record.message for record in caplog.records) == 8
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -492,7 +469,7 @@ STEPS = st.lists(
 )
 
 
-@hypothesis_settings(max_examples=100, deadline=None)
+@hypothesis_settings(max_examples=60, deadline=None)
 @given(STEPS)
 def test_the_journal_answers_as_the_memory_store_does(steps: list[Any]) -> None:
     asyncio.run(compare(steps))
@@ -520,7 +497,7 @@ async def compare(steps: list[Any]) -> None:
                         elif what == "event":
                             store.append(Event(id=f"{journal.epoch}-{number_of_event(store)}", kind="note", at=1.0))
                         elif what == "job" and how[0] not in over:
-                            facts = {"state": JobState.FAILED, "ended_at": float(number)} if how[1] else {}
+                            facts = {"state": JobState.FAILED, "ended_at": 4e9 + number} if how[1] else {}
                             store.put_job(job(how[0], version=number, **facts))
                     if what == "job" and how[1]:
                         over.add(how[0])
@@ -608,14 +585,17 @@ async def test_an_opening_that_is_cancelled_leaves_nothing(tmp_path: Path, turns
         await asyncio.gather(living, return_exceptions=True)
     jobs, _, _ = await what_is_there(tmp_path)
     assert jobs in ([], [job(1)])
-    assert not list(tmp_path.glob("*.broken-*"))
+    assert not set_aside(tmp_path)
 
 
 async def test_an_error_of_the_block_comes_out_as_it_is(tmp_path: Path) -> None:
-    with pytest.raises(KeyError):
+    async def life() -> None:
         async with Journal.open(at(tmp_path)) as journal:
             journal.put_job(job(1))
             raise KeyError
+
+    with pytest.raises(KeyError):
+        await life()
     assert (await what_is_there(tmp_path))[0] == [job(1)]
 
 
@@ -687,12 +667,12 @@ async def test_a_bug_in_writing_is_trouble_and_no_end(
     monkeypatch.setattr(journal_module, "AGAIN", 0.05)
     async with Journal.open(at(tmp_path)) as journal:
         with monkeypatch.context() as patched:
-            patched.setattr(JournalFile, "write", lambda file, batch: {}["bug"])
+            patched.setattr(JournalFile, "write", lambda file, batch: [][1])
             journal.put_job(job(1))
             with pytest.raises(DiskLow):
                 await journal.commit()
         await until(lambda: not journal.trouble)
-    assert "KeyError" in caplog.text
+    assert "IndexError" in str([record.__dict__ for record in caplog.records])
     assert (await what_is_there(tmp_path))[0] == [job(1)]
 
 
