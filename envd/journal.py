@@ -10,6 +10,10 @@ takes nothing loses nothing: what waits goes on waiting, `trouble` says why, and
 written. A file that cannot be read is set aside and a new one begun.
 
 Jobs and the newest events are in memory, too; records are read from the disk when they are asked for.
+
+The file grows to ENVD_JOURNAL_LIMIT, and what is forgotten beyond makes it shrink: by a few pages at a time
+(incremental vacuum), never by a VACUUM, which would take as much room again and hold everybody up. SQLite's log beside
+it stays below 8 MB, unless another program reads the file for long.
 """
 
 from __future__ import annotations
