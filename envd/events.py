@@ -78,7 +78,8 @@ class EventLog:
         return event
 
     def _is_lasting(self, sequence: int) -> None:
-        self._lasting = sequence
+        # Never back: what was shown while the store was in trouble stays shown.
+        self._lasting = max(self._lasting, sequence)
         self._wake()
 
     def _wake(self) -> None:

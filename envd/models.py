@@ -6,6 +6,7 @@ are seconds and were measured on the monotonic clock.
 
 from __future__ import annotations
 
+import json
 import math
 from enum import StrEnum
 from functools import cached_property
@@ -461,8 +462,12 @@ class Event(Model):
 
     @cached_property
     def encoded(self) -> bytes:
-        """Its JSON, made once for all who are sent it."""
-        return self.model_dump_json().encode()
+        """Its JSON, made once for all who are sent it. Half a character, which a guest may say, becomes a question
+        mark."""
+        try:
+            return self.model_dump_json().encode()
+        except ValueError:
+            return json.dumps(self.model_dump(), default=str, ensure_ascii=False).encode(errors="replace")
 
 
 Env.model_rebuild()

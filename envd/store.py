@@ -101,7 +101,7 @@ class MemoryStore:
                 self._forget_job(self._ended.popleft())
 
     def _forget_job(self, job_id: str) -> None:
-        del self._jobs[job_id]
+        self._jobs.pop(job_id, None)
 
     def get_job(self, job_id: str) -> Job | None:
         return self._jobs.get(job_id)

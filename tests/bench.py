@@ -18,6 +18,7 @@ from pathlib import Path
 
 import aiohttp
 from bench_figures import Figures, in_ms, median_ms, rss_mb, seconds
+from bench_journal import measure_journal
 from bench_tasks import guest_of, measure_evaluations, measure_setup
 from daemon_process import DaemonProcess, daemon
 
@@ -33,6 +34,8 @@ async def main(providers: list[str], resets: int, steps: int, evaluations: int, 
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     figures = Figures()
     start_up(figures)
+    with tempfile.TemporaryDirectory(prefix="envd-bench-") as folder:
+        await measure_journal(figures, Path(folder))
     settings = {"ENVD_ACTION_PAUSE": "0", "ENVD_MAX_STEPS": "10000", "ENVD_EVALUATORS": str(evaluators or "")}
     for provider in providers:
         with tempfile.TemporaryDirectory(prefix="envd-bench-") as folder:

@@ -172,3 +172,13 @@ def test_an_event_is_terminal_when_its_job_has_ended(state: JobState) -> None:
 
     ended = state not in (JobState.QUEUED, JobState.BOOTING, JobState.SETTING_UP)
     assert (event("state").terminal, event("note").terminal) == (ended, False)
+
+
+async def test_what_was_shown_stays_shown() -> None:
+    """A store that was in trouble, and is not any more, knows of less than it had told."""
+    store = MemoryStore()
+    log = EventLog(store)
+    for _ in range(3):
+        log.publish("note")
+    store._told(1)
+    assert (log.last, log.sequence_of(f"{log.epoch}-3")) == (3, 3)

@@ -237,7 +237,8 @@ class Transport:
                 ),
                 allow_redirects=False,
             ) as response:
-                self._keeps_keys = KEEPS_KEYS in response.headers
+                # A proxy in between may answer in its stead now and then, without the header.
+                self._keeps_keys = self._keeps_keys or KEEPS_KEYS in response.headers
                 answer = await self._read(response, request, limit, into)
         self._reached = True
         return answer
