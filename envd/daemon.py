@@ -108,9 +108,10 @@ def _hear_signals(stop: asyncio.Event, at_once: anyio.Event) -> None:
 
 
 def _serve_http(service: Service, listener: socket.socket, closing: asyncio.Event) -> asyncio.Task[None]:
-    url = url_of(listener)
+    settings = service.settings
+    url = url_of(listener, "https" if settings.tls_cert else "http")
     # The descriptor is hypercorn's from here on; it closes it first of all when it shuts down.
-    config = hypercorn_config(f"fd://{listener.detach()}")
+    config = hypercorn_config(f"fd://{listener.detach()}", settings)
     # Starlette and hypercorn each have their own types for one and the same ASGI.
     app = cast(ASGIFramework, create_app(service))
     serving = hypercorn_serve(app, config, shutdown_trigger=closing.wait)
@@ -152,9 +153,13 @@ async def _first(wanted: asyncio.Event, stop: asyncio.Event, halves: list[asynci
     return stop if stop.is_set() else wanted
 
 
-def hypercorn_config(bind: str) -> Config:
+def hypercorn_config(bind: str, settings: Settings) -> Config:
     config = Config()
     config.bind = [bind]
+    if settings.tls_cert is not None and settings.tls_key is not None:
+        config.certfile, config.keyfile = str(settings.tls_cert), str(settings.tls_key)
+        # Its HTTP/2 holds no sender back.
+        config.alpn_protocols = ["http/1.1"]
     config.backlog = BACKLOG
     # Not its own way to cut connections, which is to cancel their tasks, but `hang_up`.
     config.graceful_timeout = 2 * HANG_UP
@@ -167,9 +172,9 @@ def hypercorn_config(bind: str) -> Config:
     return config
 
 
-def url_of(listener: socket.socket) -> str:
+def url_of(listener: socket.socket, scheme: str = "http") -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def announce(service: Service, url: str) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -381,7 +382,7 @@ def _goes_on(job: Job) -> bool:
 
 
 def refuse_unreadable(settings: Settings) -> None:
-    """Raise SettingsError for a file that a setting names and that holds no JSON. Blocks."""
+    """Raise SettingsError for a file that a setting names and that is not what it is to be. Blocks."""
     for field in ("proxy_file", "google_credentials", "google_account"):
         file: Path | None = getattr(settings, field)
         try:
@@ -389,6 +390,14 @@ def refuse_unreadable(settings: Settings) -> None:
                 json.loads(file.read_text())
         except (OSError, ValueError) as error:
             raise SettingsError(f"{variable(field)}: {file} cannot be used: {error}.") from error
+    if settings.tls_cert is not None:
+        try:
+            ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(settings.tls_cert, settings.tls_key)
+        except OSError as error:
+            raise SettingsError(
+                f"ENVD_TLS_CERT={settings.tls_cert} with ENVD_TLS_KEY={settings.tls_key} cannot be used: {error}.",
+                hint="Both are PEM: the certificate with its chain, and its key without a passphrase.",
+            ) from error
 
 
 def load_template(settings: Settings) -> PromptTemplate:

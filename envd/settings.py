@@ -95,6 +95,10 @@ class Settings(BaseSettings):
     """Networks of proxies whose X-Forwarded-For is believed, separated by commas."""
     hosts: Words = ()
     """Names that the daemon is called by, beside localhost, this host's and addresses, separated by commas."""
+    tls_cert: UserPath | None = None
+    """Certificate chain (PEM) to serve HTTPS with."""
+    tls_key: UserPath | None = None
+    """Its private key (PEM)."""
     request_rate: float = Field(default=500, ge=0, allow_inf_nan=False)
     """Requests that one client may make in a second on average, and twice as many at once; 0 is no limit."""
     state_dir: UserPath = Path()
@@ -318,6 +322,12 @@ class Settings(BaseSettings):
     def guest_disk(self) -> Path:
         """The disk of the virtual machines: the one that was set, else our own."""
         return self.vm_disk or self.cache / "images" / "guest-disk.qcow2"
+
+    @model_validator(mode="after")
+    def _certificate_with_its_key(self) -> Self:
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("ENVD_TLS_CERT and ENVD_TLS_KEY go together")
+        return self
 
     @model_validator(mode="after")
     def _pixels_in_order(self) -> Self:

@@ -198,7 +198,7 @@ async def serving(
                 core = tasks.create_task(service.run(started.set))
                 await started.wait()
                 app = cast(ASGIFramework, create_app(service))
-                config = hypercorn_config(f"fd://{listener.detach()}")
+                config = hypercorn_config(f"fd://{listener.detach()}", service.settings)
                 web = tasks.create_task(hypercorn_serve(app, config, shutdown_trigger=closing.wait))
                 try:
                     yield Served(url, loaded, service, driver, http)
