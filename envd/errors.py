@@ -3,9 +3,9 @@
     EnvdError
     ├── StartError            the daemon cannot start: bad settings, port taken, second daemon, missing package
     ├── RequestError          the caller must change something            fault: client
-    │   └── MalformedJson, InvalidRequest, BodyTooLarge, NotFound, MethodNotAllowed, Unauthorized, Forbidden,
-    │       MisdirectedRequest, TooManyRequests, UnknownEnv, UnknownJob, NoEpisode, EpisodeOver, EnvBusy, JobCancelled,
-    │       JobSuperseded, EvaluationCancelled
+    │   └── MalformedJson, InvalidRequest, BodyTooLarge, BodyTooSlow, NotFound, MethodNotAllowed, Unauthorized,
+    │       Forbidden, MisdirectedRequest, TooManyRequests, UnknownEnv, UnknownJob, NoEpisode, EpisodeOver, EnvBusy,
+    │       JobCancelled, JobSuperseded, EvaluationCancelled
     ├── CapacityError         nobody can be served just now               fault: capacity
     │   └── QueueFull, Draining, StillBooting, JobExpired, TooManyWatchers
     ├── InfraError            a machine or a library failed               fault: infra
@@ -152,6 +152,15 @@ class BodyTooLarge(RequestError):
     code = "body_too_large"
     title = "The body is too large"
     status = 413
+
+
+class BodyTooSlow(RequestError):
+    """Facts: limit (seconds)."""
+
+    code = "body_too_slow"
+    title = "The body did not come in time"
+    status = 408
+    retryable = True
 
 
 class NotFound(RequestError):

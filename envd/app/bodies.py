@@ -12,12 +12,14 @@ import anyio
 from pydantic import BaseModel, ValidationError
 from starlette.requests import ClientDisconnect, Request
 
-from ..errors import BodyTooLarge, EnvdError, InvalidRequest, MalformedJson, UnknownEnv
+from ..errors import BodyTooLarge, BodyTooSlow, EnvdError, InvalidRequest, MalformedJson, UnknownEnv
 from ..service import Service
 
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 
+READ_SECONDS = 60.0
+"""For a whole body: who sends it a byte at a time does not keep what waits for it for ever."""
 DEEPEST = 100
 """Levels of nesting in a body. What Python's JSON reads it may not be able to write again: both recurse."""
 
@@ -28,8 +30,12 @@ def service_of(request: Request) -> Service:
 
 
 async def read_json(request: Request) -> Any:
-    """The body as JSON; None when there is none. Raises BodyTooLarge and MalformedJson."""
-    raw = await _read(request, service_of(request).settings.body_limit)
+    """The body as JSON; None when there is none. Raises BodyTooLarge, BodyTooSlow and MalformedJson."""
+    try:
+        with anyio.fail_after(READ_SECONDS):
+            raw = await _read(request, service_of(request).settings.body_limit)
+    except TimeoutError as error:
+        raise BodyTooSlow(f"The body was not complete after {READ_SECONDS:g} s.", limit=READ_SECONDS) from error
     if not raw.strip():
         return None
     try:
@@ -114,19 +120,17 @@ async def hold(request: Request, wait: Callable[[], Awaitable[T]]) -> T | None:
 
 
 async def _read(request: Request, limit: int) -> bytes:
-    parts: list[bytes] = []
-    size = 0
+    body = bytearray()  # and no list of what came: of two bytes each, it would take twenty times as much memory
     try:
         async for chunk in request.stream():
-            size += len(chunk)
-            if size > limit:
+            if len(body) + len(chunk) > limit:
                 raise BodyTooLarge(
                     f"The body is larger than {limit} bytes.", hint="Raise ENVD_BODY_LIMIT if it must be.", limit=limit
                 )
-            parts.append(chunk)
+            body += chunk
     except ClientDisconnect as error:
         raise MalformedJson("The client went away before its body was complete.") from error
-    return b"".join(parts)
+    return bytes(body)
 
 
 def _no_constants(name: str) -> Any:
