@@ -19,7 +19,7 @@ import structlog
 from pydantic import BaseModel
 
 from .models import StepResult
-from .settings import Settings
+from .settings import Settings, secret_password
 
 logger = structlog.get_logger(__name__)
 
@@ -37,7 +37,6 @@ GOING = ".going-"
 """What a bundle is called while it is removed."""
 TEMPORARY = ".tmp"
 DEPTH = 20
-SHORTEST_SECRET = 4
 
 
 class Folder:
@@ -50,7 +49,7 @@ class Folder:
     def __init__(self, path: Path, settings: Settings) -> None:
         self._path = path
         self._limit = settings.bundle_limit
-        self._password = _secret(settings)
+        self._password = secret_password(settings)
         self._made = False
         self._sizes: dict[str, int] = {}
         self._used = 0
@@ -344,13 +343,6 @@ def _suffix(picture: bytes) -> str:
     if picture.startswith(b"\x89PNG\r\n\x1a\n"):
         return ".png"
     return ".jpg" if picture.startswith(b"\xff\xd8\xff") else ".bin"
-
-
-def _secret(settings: Settings) -> str | None:
-    """The desktops' password, unless everybody knows it or it is so short that any text would contain it."""
-    password = settings.client_password
-    known = password == Settings.model_fields["client_password"].default
-    return None if known or len(password) < SHORTEST_SECRET else password
 
 
 def _plain(value: Any) -> Any:

@@ -29,6 +29,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from .errors import SettingsError
 from .models import Counts
 
+SHORTEST_SECRET = 4
 KNOWN_PROVIDERS = ("aws", "docker", "local", "qemu", "sim")
 
 
@@ -354,7 +355,7 @@ def load(environ: Mapping[str, str] | None = None, env_file: Path | None = Path(
             name = field if field in VARIABLES else variable(field) if field in Settings.model_fields else "settings"
             source_name = origins.get(VARIABLES.get(name, ""), "settings")
             # What no single field is at fault for comes with all of them, and one is the token.
-            given = f"={item['input']!s:.80}" if item["loc"] and name != "ENVD_TOKEN" else ""
+            given = f"={without_logins(str(item['input'])):.80}" if item["loc"] and name != "ENVD_TOKEN" else ""
             complaints.append(f"{name}{given} ({source_name}): {_plain(item['msg'])}")
     if complaints:
         told = "; ".join(complaints)
@@ -364,12 +365,33 @@ def load(environ: Mapping[str, str] | None = None, env_file: Path | None = Path(
 
 
 def effective(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Each variable with its value and origin, as printed at start and served at `/version`."""
+    """Each variable with its value and origin, as printed at start and served at `/version`: without secrets, those in
+    URLs included."""
     dump = settings.model_dump(mode="json")
+    if secret_password(settings):
+        dump["client_password"] = "**********"
     return {
-        name: {"value": dump[field], "origin": settings.origins.get(field, "argument")}
+        name: {"value": _without_logins(dump[field]), "origin": settings.origins.get(field, "argument")}
         for name, field in VARIABLES.items()
     }
+
+
+def secret_password(settings: Settings) -> str | None:
+    """The desktops' password, unless everybody knows it or it is so short that any text would contain it."""
+    password = settings.client_password
+    known = password == Settings.model_fields["client_password"].default
+    return None if known or len(password) < SHORTEST_SECRET else password
+
+
+def without_logins(text: str) -> str:
+    """`text` as it may be told and logged: names and passwords in its URLs are left out."""
+    return re.sub(r"(\b[a-z][a-z0-9+.-]*://)[^/?#\s]*@", r"\1", text, flags=re.IGNORECASE)
+
+
+def _without_logins(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_logins(item) for item in value]
+    return without_logins(value) if isinstance(value, str) else value
 
 
 def _sources(environ: Mapping[str, str], env_file: Path | None) -> list[tuple[str, Mapping[str, str]]]:
