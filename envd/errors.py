@@ -566,7 +566,8 @@ def from_problem(problem: Problem) -> EnvdError:
         Fault.TASK: TaskError,
     }.get(problem.fault, InfraError)
     cls = error_classes().get(problem.code, fallback)
-    facts = dict(problem.model_extra or {})
-    error = cls(problem.detail, hint=problem.hint, retry_after=problem.retry_after, **facts)
+    error = cls(problem.detail, hint=problem.hint, retry_after=problem.retry_after)
+    # Not as arguments: a fact may be called as one of them is.
+    error.facts = dict(problem.model_extra or {})
     error.fault, error.retryable, error.status = problem.fault, problem.retryable, problem.status
     return error

@@ -59,8 +59,18 @@ def _bytes(value: Any) -> Any:
         match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?", value.strip().lower())
         if match is None:
             raise ValueError("give it as a number of bytes, or with K, M, G or T behind it, for example 4G")
-        return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
+        try:
+            return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
+        except OverflowError as error:
+            raise ValueError("that is more than there can be") from error
     return value
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError("there is no such user, or no home") from error
 
 
 def _words(value: Any) -> Any:
@@ -69,7 +79,7 @@ def _words(value: Any) -> Any:
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+UserPath = Annotated[Path, AfterValidator(_expanded)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 
 
@@ -164,7 +174,7 @@ class Settings(BaseSettings):
     """A verdict is there by then; below the 300 s after which old clients hang up."""
     bundles: int = Field(default=500, ge=1)
     """Episodes whose evidence is kept."""
-    bundle_days: float = Field(default=14, gt=0)
+    bundle_days: float = Field(default=14, gt=0, allow_inf_nan=False)
     """How long it is kept."""
     bundle_limit: int = Field(default=256 * 1024**2, ge=1024**2)
     """Bytes that one episode's evidence may take."""
@@ -338,7 +348,9 @@ def load(environ: Mapping[str, str] | None = None, env_file: Path | None = Path(
     for origin, source in _sources(environ, env_file):
         for name, raw in source.items():
             field = VARIABLES.get(name)
-            if field is not None and raw.strip():
+            if field is not None and not _is_text(raw):
+                complaints.append(f"{name} ({origin}): it is no text in UTF-8")
+            elif field is not None and raw.strip():
                 values[field], origins[field] = raw, origin
             elif field is None and (name.startswith("ENVD_") or (source is not environ and _meant(name))):
                 complaints.append(f"{name} ({origin}): no such setting{_did_you_mean(name)}")
@@ -404,6 +416,15 @@ def _sources(environ: Mapping[str, str], env_file: Path | None) -> list[tuple[st
         sources.append((str(env_file), {name: value for name, value in parsed.items() if value is not None}))
     sources.append(("environment", environ))
     return sources
+
+
+def _is_text(value: str) -> bool:
+    """Bytes that are no UTF-8 come out of the environment as halves of characters, which no answer can hold."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _meant(name: str) -> bool:

@@ -15,6 +15,11 @@ from starlette.requests import ClientDisconnect, Request
 from ..errors import BodyTooLarge, BodyTooSlow, EnvdError, InvalidRequest, MalformedJson, UnknownEnv
 from ..service import Service
 
+MOST_FIELDS = 100
+"""Of a body whose fields are all known: each that is not would be told of, at many times its length."""
+LONGEST_FIELD = 200
+"""Characters of a field's name that are told."""
+
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 
@@ -53,6 +58,9 @@ async def read_json(request: Request) -> Any:
 async def read_model(request: Request, model: type[M]) -> M:
     """The body as `model`; an absent body is an empty object. Raises InvalidRequest that names each field at fault."""
     body = await read_json(request)
+    if isinstance(body, dict) and len(body) > MOST_FIELDS and model.model_config.get("extra") == "forbid":
+        message = f"has {len(body)} fields, of which most are unknown"
+        raise InvalidRequest(f"The body {message}.", errors=[{"field": "body", "message": message}])
     try:
         return model.model_validate({} if body is None else body)
     except ValidationError as error:
@@ -61,7 +69,7 @@ async def read_model(request: Request, model: type[M]) -> M:
 
 def invalid(error: ValidationError) -> InvalidRequest:
     errors = [
-        {"field": ".".join(str(part) for part in item["loc"]) or "body", "message": item["msg"]}
+        {"field": ".".join(str(part)[:LONGEST_FIELD] for part in item["loc"]) or "body", "message": item["msg"]}
         for item in error.errors(include_url=False, include_context=False, include_input=False)
     ]
     summary = "; ".join(f"{item['field']}: {item['message']}" for item in errors[:5])
