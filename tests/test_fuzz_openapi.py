@@ -27,7 +27,7 @@ from schemathesis.generation import GenerationMode
 
 from envd.app.docs import openapi_document
 
-EXAMPLES = 16
+EXAMPLES = 25
 """Of each operation and kind: what fits the document with ids that exist, what fits it, and what does not."""
 DEADLINE = 20.0
 """Seconds within which every request is answered; a loaded machine takes a few over what waits for nothing."""

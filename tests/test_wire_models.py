@@ -93,6 +93,15 @@ async def test_a_body_of_very_many_unknown_fields_is_one_short_problem() -> None
         assert len(problem["detail"]) < 1000
 
 
+@pytest.mark.parametrize(("empty", "most"), [(b"[]", 50_000), (b'{"a": {}}', 25_000)], ids=["lists", "objects"])
+async def test_a_body_of_very_many_parts_is_not_taken_apart(empty: bytes, most: int) -> None:
+    async with serving() as served:
+        for count, code in ((most, "task_invalid"), (3 * most, "malformed_json")):
+            body = io.BytesIO(b'{"task": {"id": "t-1", "x": [' + (empty + b",") * count + b"1]}}")
+            _, problem, _ = await served.ask("POST", "/v1/envs/0/reset", data=body)
+            assert problem["code"] == code
+
+
 @pytest.mark.parametrize("name", VARIABLES)
 def test_a_setting_is_one_that_can_be_told_or_one_error(name: str) -> None:
     values = (
