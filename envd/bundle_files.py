@@ -20,7 +20,7 @@ import structlog
 from pydantic import BaseModel
 
 from .models import StepResult
-from .settings import Settings
+from .settings import Settings, secret_password
 
 logger = structlog.get_logger(__name__)
 
@@ -40,7 +40,6 @@ TEMPORARY = ".tmp"
 DEPTH = 20
 SUFFIXES = (".png", ".jpg", ".bin")
 """Of pictures, and of what was sent for one."""
-SHORTEST_SECRET = 4
 
 
 class Folder:
@@ -53,7 +52,7 @@ class Folder:
     def __init__(self, path: Path, settings: Settings) -> None:
         self._path = path
         self._limit = settings.bundle_limit
-        self._password = _secret(settings)
+        self._password = secret_password(settings)
         self._made = False
         self._sizes: dict[str, int] = {}
         self._used = 0
@@ -366,13 +365,6 @@ def _suffix(picture: bytes) -> str:
     if picture.startswith(b"\x89PNG\r\n\x1a\n"):
         return ".png"
     return ".jpg" if picture.startswith(b"\xff\xd8\xff") else ".bin"
-
-
-def _secret(settings: Settings) -> str | None:
-    """The desktops' password, unless everybody knows it or it is so short that any text would contain it."""
-    password = settings.client_password
-    known = password == Settings.model_fields["client_password"].default
-    return None if known or len(password) < SHORTEST_SECRET else password
 
 
 def _plain(value: Any) -> Any:

@@ -3,9 +3,9 @@
     EnvdError
     ├── StartError            the daemon cannot start: bad settings, port taken, second daemon, missing package
     ├── RequestError          the caller must change something            fault: client
-    │   └── MalformedJson, InvalidRequest, BodyTooLarge, NotFound, MethodNotAllowed, Unauthorized, Forbidden,
-    │       MisdirectedRequest, TooManyRequests, UnknownEnv, UnknownJob, NoEpisode, EpisodeOver, EnvBusy, JobCancelled,
-    │       JobSuperseded, EvaluationCancelled, KeyReused, StepRepeated, StepGap, Leased
+    │   └── MalformedJson, InvalidRequest, BodyTooLarge, BodyTooSlow, NotFound, MethodNotAllowed, Unauthorized,
+    │       Forbidden, MisdirectedRequest, TooManyRequests, UnknownEnv, UnknownJob, NoEpisode, EpisodeOver, EnvBusy,
+    │       JobCancelled, JobSuperseded, EvaluationCancelled, KeyReused, StepRepeated, StepGap, Leased
     ├── CapacityError         nobody can be served just now               fault: capacity
     │   └── QueueFull, Draining, StillBooting, JobExpired, TooManyWatchers, DiskLow, DeadlinePassed
     ├── InfraError            a machine or a library failed               fault: infra
@@ -152,6 +152,15 @@ class BodyTooLarge(RequestError):
     code = "body_too_large"
     title = "The body is too large"
     status = 413
+
+
+class BodyTooSlow(RequestError):
+    """Facts: limit (seconds)."""
+
+    code = "body_too_slow"
+    title = "The body did not come in time"
+    status = 408
+    retryable = True
 
 
 class NotFound(RequestError):
@@ -599,7 +608,8 @@ def from_problem(problem: Problem) -> EnvdError:
         Fault.TASK: TaskError,
     }.get(problem.fault, InfraError)
     cls = error_classes().get(problem.code, fallback)
-    facts = dict(problem.model_extra or {})
-    error = cls(problem.detail, hint=problem.hint, retry_after=problem.retry_after, **facts)
+    error = cls(problem.detail, hint=problem.hint, retry_after=problem.retry_after)
+    # Not as arguments: a fact may be called as one of them is.
+    error.facts = dict(problem.model_extra or {})
     error.fault, error.retryable, error.status = problem.fault, problem.retryable, problem.status
     return error

@@ -27,6 +27,10 @@ FLUSH = 1.0
 """Seconds that the end of the process waits for them."""
 
 
+TELLTALES = ("botocore", "aiobotocore", "boto3", "hpack", "urllib3")
+"""Libraries that at the debug level log what they sign, send and are answered, credentials and tokens included."""
+
+
 def setup(level: str = "info", fmt: LogFormat = "auto") -> None:
     """Send envd's and its libraries' logs to stderr. Safe to call again: the last call wins."""
     shared: list[Processor] = [
@@ -61,6 +65,8 @@ def setup(level: str = "info", fmt: LogFormat = "auto") -> None:
         former.close()
     root.addHandler(handler)
     root.setLevel(level.upper())
+    for name in TELLTALES:
+        logging.getLogger(name).setLevel(max(logging.INFO, root.level))
     logging.captureWarnings(True)
     structlog.configure(
         processors=[

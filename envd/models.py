@@ -385,7 +385,7 @@ class ResetRequest(BaseModel):
         default=None, description="Width and height in pixels that the caller counts on; the daemon's own, or 422."
     )
     queue_timeout_s: float | None = Field(
-        default=None, gt=0, description="Expire instead of booting after so long a wait."
+        default=None, gt=0, allow_inf_nan=False, description="Expire instead of booting after so long a wait."
     )
 
 

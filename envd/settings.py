@@ -29,6 +29,7 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 from .errors import SettingsError
 from .models import Counts
 
+SHORTEST_SECRET = 4
 KNOWN_PROVIDERS = ("aws", "docker", "local", "qemu", "sim")
 
 
@@ -58,8 +59,18 @@ def _bytes(value: Any) -> Any:
         match = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)\s*([kmgt]?)(?:i?b)?", value.strip().lower())
         if match is None:
             raise ValueError("give it as a number of bytes, or with K, M, G or T behind it, for example 4G")
-        return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
+        try:
+            return int(float(match[1]) * 1024 ** " kmgt".index(match[2] or " "))
+        except OverflowError as error:
+            raise ValueError("that is more than there can be") from error
     return value
+
+
+def _expanded(path: Path) -> Path:
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError("there is no such user, or no home") from error
 
 
 def _words(value: Any) -> Any:
@@ -68,7 +79,7 @@ def _words(value: Any) -> Any:
 
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 PositiveSeconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-UserPath = Annotated[Path, AfterValidator(Path.expanduser)]
+UserPath = Annotated[Path, AfterValidator(_expanded)]
 Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 
 
@@ -169,7 +180,7 @@ class Settings(BaseSettings):
     """A verdict is there by then; below the 300 s after which old clients hang up."""
     bundles: int = Field(default=500, ge=1)
     """Episodes whose evidence is kept."""
-    bundle_days: float = Field(default=14, gt=0)
+    bundle_days: float = Field(default=14, gt=0, allow_inf_nan=False)
     """How long it is kept."""
     bundle_limit: int = Field(default=256 * 1024**2, ge=1024**2)
     """Bytes that one episode's evidence may take."""
@@ -359,7 +370,9 @@ def load(environ: Mapping[str, str] | None = None, env_file: Path | None = Path(
     for origin, source in _sources(environ, env_file):
         for name, raw in source.items():
             field = VARIABLES.get(name)
-            if field is not None and raw.strip():
+            if field is not None and not _is_text(raw):
+                complaints.append(f"{name} ({origin}): it is no text in UTF-8")
+            elif field is not None and raw.strip():
                 values[field], origins[field] = raw, origin
             elif field is None and (name.startswith("ENVD_") or (source is not environ and _meant(name))):
                 complaints.append(f"{name} ({origin}): no such setting{_did_you_mean(name)}")
@@ -376,7 +389,7 @@ def load(environ: Mapping[str, str] | None = None, env_file: Path | None = Path(
             name = field if field in VARIABLES else variable(field) if field in Settings.model_fields else "settings"
             source_name = origins.get(VARIABLES.get(name, ""), "settings")
             # What no single field is at fault for comes with all of them, and one is the token.
-            given = f"={item['input']!s:.80}" if item["loc"] and name != "ENVD_TOKEN" else ""
+            given = f"={without_logins(str(item['input'])):.80}" if item["loc"] and name != "ENVD_TOKEN" else ""
             complaints.append(f"{name}{given} ({source_name}): {_plain(item['msg'])}")
     if complaints:
         told = "; ".join(complaints)
@@ -386,12 +399,33 @@ def load(environ: Mapping[str, str] | None = None, env_file: Path | None = Path(
 
 
 def effective(settings: Settings) -> dict[str, dict[str, Any]]:
-    """Each variable with its value and origin, as printed at start and served at `/version`."""
+    """Each variable with its value and origin, as printed at start and served at `/version`: without secrets, those in
+    URLs included."""
     dump = settings.model_dump(mode="json")
+    if secret_password(settings):
+        dump["client_password"] = "**********"
     return {
-        name: {"value": dump[field], "origin": settings.origins.get(field, "argument")}
+        name: {"value": _without_logins(dump[field]), "origin": settings.origins.get(field, "argument")}
         for name, field in VARIABLES.items()
     }
+
+
+def secret_password(settings: Settings) -> str | None:
+    """The desktops' password, unless everybody knows it or it is so short that any text would contain it."""
+    password = settings.client_password
+    known = password == Settings.model_fields["client_password"].default
+    return None if known or len(password) < SHORTEST_SECRET else password
+
+
+def without_logins(text: str) -> str:
+    """`text` as it may be told and logged: names and passwords in its URLs are left out."""
+    return re.sub(r"(\b[a-z][a-z0-9+.-]*://)[^/?#\s]*@", r"\1", text, flags=re.IGNORECASE)
+
+
+def _without_logins(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_without_logins(item) for item in value]
+    return without_logins(value) if isinstance(value, str) else value
 
 
 def _sources(environ: Mapping[str, str], env_file: Path | None) -> list[tuple[str, Mapping[str, str]]]:
@@ -404,6 +438,15 @@ def _sources(environ: Mapping[str, str], env_file: Path | None) -> list[tuple[st
         sources.append((str(env_file), {name: value for name, value in parsed.items() if value is not None}))
     sources.append(("environment", environ))
     return sources
+
+
+def _is_text(value: str) -> bool:
+    """Bytes that are no UTF-8 come out of the environment as halves of characters, which no answer can hold."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _meant(name: str) -> bool:

@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -65,6 +66,19 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             if os.environ.get("CI"):
                 pytest.fail(f"{name} tests must run in CI: {reason}", pytrace=False)
             pytest.skip(f"{name}: {reason}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests that make up their inputs recorded as `tried`: how many ended how, by file."""
+    tried: dict[str, Counter[str]] = {}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            for name, value in getattr(report, "user_properties", ()):
+                if name == "tried" and report.when == "call":
+                    tried.setdefault(report.nodeid.partition("::")[0], Counter()).update(value)
+    for file, ends in tried.items():
+        told = ", ".join(f"{end} × {count}" for end, count in sorted(ends.items()))
+        terminalreporter.write_line(f"{file}: {ends.total()} inputs: {told}")
 
 
 @cache

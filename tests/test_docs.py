@@ -42,12 +42,12 @@ async def test_the_document_has_exactly_the_routes_of_the_app(document: dict[str
 
 def test_the_document_has_the_structure_of_openapi_3_1(document: dict[str, Any]) -> None:
     assert re.fullmatch(r"3\.1\.\d+", document["openapi"])
-    assert document.keys() <= {"openapi", "info", "paths", "components"}
+    assert document.keys() <= {"openapi", "info", "security", "paths", "components"}
     assert {"title", "version"} <= document["info"].keys()
     assert all(path.startswith("/") for path in document["paths"])
     for path, method, operation in operations(document):
         assert method in METHODS
-        assert operation.keys() <= {"summary", "parameters", "requestBody", "responses"}
+        assert operation.keys() <= {"summary", "parameters", "requestBody", "security", "responses"}
         assert operation["summary"], path
         assert all(re.fullmatch(r"[1-5]\d\d|default", status) for status in operation["responses"])
         assert all(response["description"] for response in operation["responses"].values())

@@ -16,15 +16,25 @@ from starlette.requests import ClientDisconnect, Request
 
 from ..access import Caller
 from ..calls import Sent
-from ..errors import BodyTooLarge, EnvdError, InvalidRequest, MalformedJson, UnknownEnv
+from ..errors import BodyTooLarge, BodyTooSlow, EnvdError, InvalidRequest, MalformedJson, UnknownEnv
 from ..service import Service
 from .gate import CALLER
+
+MOST_FIELDS = 100
+"""Of a body whose fields are all known: each that is not would be told of, at many times its length."""
+LONGEST_FIELD = 200
+"""Characters of a field's name that are told."""
 
 M = TypeVar("M", bound=BaseModel)
 T = TypeVar("T")
 
 WAY = 0.5
 """Seconds of a caller's time that are left to the way back, or a tenth of less."""
+READ_SECONDS = 60.0
+"""For a whole body: who sends it a byte at a time does not keep what waits for it for ever."""
+MOST_BRACKETS = 100_000
+"""That open a list or an object, in a body. A task may have a fifth of that; 8 MB of empty lists would have the loop
+stand still for 3 s."""
 DEEPEST = 100
 """Levels of nesting in a body. What Python's JSON reads it may not be able to write again: both recurse."""
 
@@ -35,11 +45,16 @@ def service_of(request: Request) -> Service:
 
 
 async def read_json(request: Request) -> Any:
-    """The body as JSON; None when there is none. Raises BodyTooLarge and MalformedJson."""
-    raw = await _read(request, service_of(request).settings.body_limit)
+    """The body as JSON; None when there is none. Raises BodyTooLarge, BodyTooSlow and MalformedJson."""
+    try:
+        with anyio.fail_after(READ_SECONDS):
+            raw = await _read(request, service_of(request).settings.body_limit)
+    except TimeoutError as error:
+        raise BodyTooSlow(f"The body was not complete after {READ_SECONDS:g} s.", limit=READ_SECONDS) from error
     if not raw.strip():
         return None
     try:
+        _refuse_too_many_parts(raw)
         # Given bytes, json would let lone surrogates pass.
         text = raw.decode()
         body = json.loads(text, parse_constant=_no_constants)
@@ -57,6 +72,9 @@ async def read_model(request: Request, model: type[M]) -> M:
 
 
 def _validated(model: type[M], body: Any) -> M:
+    if isinstance(body, dict) and len(body) > MOST_FIELDS and model.model_config.get("extra") == "forbid":
+        message = f"has {len(body)} fields, of which most are unknown"
+        raise InvalidRequest(f"The body {message}.", errors=[{"field": "body", "message": message}])
     try:
         return model.model_validate({} if body is None else body)
     except ValidationError as error:
@@ -110,7 +128,7 @@ def _key(request: Request) -> str:
 
 def invalid(error: ValidationError) -> InvalidRequest:
     errors = [
-        {"field": ".".join(str(part) for part in item["loc"]) or "body", "message": item["msg"]}
+        {"field": ".".join(str(part)[:LONGEST_FIELD] for part in item["loc"]) or "body", "message": item["msg"]}
         for item in error.errors(include_url=False, include_context=False, include_input=False)
     ]
     summary = "; ".join(f"{item['field']}: {item['message']}" for item in errors[:5])
@@ -169,23 +187,27 @@ async def hold(request: Request, wait: Callable[[], Awaitable[T]]) -> T | None:
 
 
 async def _read(request: Request, limit: int) -> bytes:
-    parts: list[bytes] = []
-    size = 0
+    body = bytearray()  # and no list of what came: of two bytes each, it would take twenty times as much memory
     try:
         async for chunk in request.stream():
-            size += len(chunk)
-            if size > limit:
+            if len(body) + len(chunk) > limit:
                 raise BodyTooLarge(
                     f"The body is larger than {limit} bytes.", hint="Raise ENVD_BODY_LIMIT if it must be.", limit=limit
                 )
-            parts.append(chunk)
+            body += chunk
     except ClientDisconnect as error:
         raise MalformedJson("The client went away before its body was complete.") from error
-    return b"".join(parts)
+    return bytes(body)
 
 
 def _no_constants(name: str) -> Any:
     raise ValueError(f"{name} is not JSON")
+
+
+def _refuse_too_many_parts(raw: bytes) -> None:
+    """Raise ValueError."""
+    if raw.count(b"[") + raw.count(b"{") > MOST_BRACKETS:
+        raise ValueError(f"it has more than {MOST_BRACKETS} opening brackets")
 
 
 def _refuse_what_cannot_be_said_again(text: str, body: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import html
 import json
+import re
 from functools import cache
 from typing import Any
 
@@ -16,15 +17,30 @@ from starlette.routing import BaseRoute, Route
 
 from .. import __version__
 from ..errors import Problem, StartError, error_classes
-from ..models import DrainRequest, Env, Event, Job, ResetRequest, StepRequest, StepResult, Verdict
+from ..models import (
+    DrainRequest,
+    Env,
+    Event,
+    Job,
+    JobState,
+    LinkRequest,
+    ResetRequest,
+    StepRequest,
+    StepResult,
+    Verdict,
+)
 from . import legacy, v1
+from .gate import LINK, SAFE
 from .sse import EventStream
+
+Schema = dict[str, Any]
 
 MODELS: tuple[type[BaseModel], ...] = (
     DrainRequest,
     Env,
     Event,
     Job,
+    LinkRequest,
     Problem,
     ResetRequest,
     StepRequest,
@@ -38,27 +54,115 @@ BODIES: dict[str, type[BaseModel]] = {
     "/v1/envs/{env}/reset": ResetRequest,
     "/v1/envs/{env}/step": StepRequest,
     "/v1/drain": DrainRequest,
+    "/v1/links": LinkRequest,
     "/env/reset": legacy.LegacyReset,
     "/env/step": legacy.LegacyStep,
     "/env/evaluate": legacy.Slot,
     "/env/history_messages": legacy.Slot,
 }
-ANSWERS: dict[str, tuple[int, type[BaseModel]]] = {
-    "/v1/envs/{env}": (200, Env),
-    "/v1/envs/{env}/reset": (202, Job),
-    "/v1/envs/{env}/step": (200, StepResult),
-    "/v1/envs/{env}/evaluate": (200, Verdict),
-    "/v1/episodes/{episode}/verdict": (200, Verdict),
-    "/v1/jobs/{job}": (200, Job),
-    "/v1/jobs/{job}/cancel": (202, Job),
-    "/v1/prewarm": (202, Job),
+
+
+def _ref(model: type[BaseModel]) -> Schema:
+    return {"$ref": f"#/components/schemas/{model.__name__}"}
+
+
+def _object(required: dict[str, Schema], **optional: Schema) -> Schema:
+    return {"type": "object", "properties": {**required, **optional}, "required": list(required)}
+
+
+def _list(of: Schema) -> Schema:
+    return {"type": "array", "items": of}
+
+
+STRING, NUMBER, WHOLE, YES_OR_NO = ({"type": kind} for kind in ("string", "number", "integer", "boolean"))
+MESSAGES = _list({"type": "object"})
+OBSERVATION = _object(
+    {
+        "env_idx": WHOLE,
+        "obs_messages": {"anyOf": [MESSAGES, {"type": "null"}]},
+        "is_done": YES_OR_NO,
+        "format_reward": NUMBER,
+    },
+    problem=STRING,
+)
+DRAINING = _object({"draining": YES_OR_NO, "envs": _list(WHOLE)}, left_s={"type": ["number", "null"]})
+READINESS = _object({"ready": YES_OR_NO, "reasons": _list(STRING), "warnings": _list(STRING)})
+LINKED: Schema = {"properties": {"links": {"type": "object", "additionalProperties": STRING}}, "required": ["links"]}
+JOB: Schema = {"allOf": [_ref(Job), LINKED]}
+VERDICT: Schema = {"allOf": [_ref(Verdict), LINKED]}
+JSON: dict[str, dict[int, Schema]] = {
+    "/env/reset": {200: OBSERVATION},
+    "/env/step": {200: OBSERVATION},
+    "/env/evaluate": {200: NUMBER},
+    "/env/history_messages": {200: _object({"history_messages": MESSAGES}, messages=MESSAGES, history=MESSAGES)},
+    "/health": {200: _object({"status": STRING, "provider": STRING, "slot_statuses": {"type": "object"}})},
+    "/v1/drain": {200: DRAINING, 202: DRAINING},
+    "/v1/envs": {200: _object({"envs": _list(_ref(Env))})},
+    "/v1/envs/{env}": {200: _ref(Env)},
+    "/v1/envs/{env}/reset": {202: JOB},
+    "/v1/envs/{env}/step": {200: _ref(StepResult)},
+    "/v1/envs/{env}/evaluate": {200: VERDICT},
+    "/v1/envs/{env}/history": {200: _object({"history_messages": MESSAGES})},
+    "/v1/episodes": {200: _object({"episodes": _list(STRING)})},
+    "/v1/episodes/{episode}/verdict": {200: VERDICT},
+    "/v1/jobs": {200: _object({"jobs": _list(_ref(Job))})},
+    "/v1/jobs/{job}": {200: JOB},
+    "/v1/jobs/{job}/cancel": {200: JOB, 202: JOB},
+    "/v1/links": {201: _object({"path": STRING})},
+    "/v1/prewarm": {202: JOB},
+    "/v1/queue": {200: _object({"booting": _list(_ref(Job)), "waiting": _list(_ref(Job)), "limit": WHOLE})},
+    "/livez": {200: _object({"live": YES_OR_NO})},
+    "/readyz": {200: READINESS, 503: READINESS},
+    "/version": {
+        200: _object({"version": STRING, "epoch": STRING, "provider": STRING, "settings": {"type": "object"}})
+    },
+    "/openapi.json": {200: {"type": "object"}},
 }
-QUERIES: dict[str, tuple[tuple[str, str], ...]] = {
-    "/v1/jobs/{job}": (("after", "integer"), ("wait", "number")),
-    "/v1/jobs": (("env", "integer"), ("state", "string")),
-    "/v1/jobs/{job}/events": (("last_event_id", "string"),),
-    "/v1/events": (("last_event_id", "string"),),
-    "/env/history_messages": (("slot_id", "integer"),),
+"""The answers that are JSON, by their status. What is not listed here may be any JSON."""
+OTHER: dict[str, tuple[str, ...]] = {
+    "/v1/envs/{env}/screenshot": ("image/png", "image/jpeg"),
+    "/v1/episodes/{episode}/bundle": ("application/x-tar",),
+    "/docs": ("text/html",),
+    "/errors": ("text/html",),
+}
+WITHOUT_BODY: dict[str, tuple[int, str]] = {
+    "/v1/jobs/{job}": (304, "it is still as If-None-Match says"),
+    "/v1/jobs/{job}/events": (204, "the job has ended, and its end was seen"),
+}
+NOT_NEGATIVE: Schema = {"type": "number", "minimum": 0}
+LAST_EVENT_ID = ("query", "last_event_id", STRING), ("header", "Last-Event-ID", STRING)
+PARAMETERS: dict[str, tuple[tuple[str, str, Schema], ...]] = {
+    "/v1/jobs/{job}": (
+        ("query", "after", NOT_NEGATIVE),
+        ("query", "wait", NOT_NEGATIVE),
+        ("header", "If-None-Match", STRING),
+    ),
+    "/v1/jobs": (("query", "env", NOT_NEGATIVE), ("query", "state", {"enum": [state.value for state in JobState]})),
+    "/v1/jobs/{job}/events": LAST_EVENT_ID,
+    "/v1/events": LAST_EVENT_ID,
+    "/env/history_messages": (("query", "slot_id", {"type": "integer", "minimum": 0}),),
+}
+"""Of GET: where each is, its name and what it may be."""
+CALLS = frozenset(
+    {
+        "/env/reset",
+        "/env/step",
+        "/env/evaluate",
+        "/v1/envs/{env}/reset",
+        "/v1/envs/{env}/step",
+        "/v1/envs/{env}/evaluate",
+        "/v1/prewarm",
+    }
+)
+"""Whose POST is done once for a key, and answered within its caller's time."""
+OF_CALLS: tuple[tuple[str, str, Schema], ...] = (
+    ("header", "Idempotency-Key", {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!#-\\[\\]-~]+$"}),
+    ("header", "X-Request-Deadline", {"type": "string", "pattern": "^[0-9]{1,7}([.][0-9]{1,9})?$"}),
+)
+IN_PATH: dict[str, Schema] = {"env": {"type": "integer", "minimum": 0}, "job": STRING, "episode": STRING}
+SECURITY: dict[str, Schema] = {
+    "token": {"type": "http", "scheme": "bearer", "description": "ENVD_TOKEN, or one of ENVD_TOKEN_FILE."},
+    "link": {"type": "apiKey", "in": "query", "name": LINK, "description": "As `POST /v1/links` answers it."},
 }
 
 
@@ -75,8 +179,9 @@ def openapi_document() -> dict[str, Any]:
     return {
         "openapi": "3.1.0",
         "info": {"title": "envd", "version": __version__, "description": "Desktops for agent trainers."},
+        "security": [{}, {"token": []}, {"link": []}],
         "paths": paths,
-        "components": {"schemas": definitions["$defs"]},
+        "components": {"schemas": definitions["$defs"], "securitySchemes": SECURITY},
     }
 
 
@@ -86,37 +191,41 @@ def _operation(route: Route, method: str) -> dict[str, Any]:
     summary = "Server-sent events: a snapshot, then each change." if stream else (route.endpoint.__doc__ or "").strip()
     operation: dict[str, Any] = {"summary": " ".join(summary.split()), "parameters": _parameters(path, method)}
     if method == "POST" and path in BODIES:
-        operation["requestBody"] = {"content": {"application/json": {"schema": _ref(BODIES[path])}}}
-    status, model = ANSWERS.get(path, (200, None))
-    if stream:
-        content: dict[str, Any] = {"text/event-stream": {}}
-    elif path.endswith("/screenshot"):
-        content = {"image/png": {}}
-    elif path.endswith("/bundle"):
-        content = {"application/x-tar": {}}
-    elif path in ("/docs", "/errors"):
-        content = {"text/html": {}}
-    else:
-        content = {"application/json": {"schema": _ref(model)} if model else {}}
+        model = BODIES[path]
+        needed = any(field.is_required() for field in model.model_fields.values())
+        operation["requestBody"] = {"required": needed, "content": {"application/json": {"schema": _ref(model)}}}
+    if method not in SAFE:
+        # A link lets somebody look.
+        operation["security"] = [{}, {"token": []}]
     operation["responses"] = {
-        str(status): {"description": "as the summary says", "content": content},
+        **{str(status): answer for status, answer in _answers(path, stream).items()},
         "default": {"description": "a problem", "content": {"application/problem+json": {"schema": _ref(Problem)}}},
     }
     return operation
 
 
+def _answers(path: str, stream: bool) -> dict[int, Schema]:
+    found: dict[int, Schema] = {}
+    if stream or path in OTHER:
+        kinds = ("text/event-stream",) if stream else OTHER[path]
+        found[200] = {"description": "as the summary says", "content": {kind: {} for kind in kinds}}
+    for status, schema in JSON.get(path, {} if found else {200: {}}).items():
+        content = {"application/json": {"schema": schema} if schema else {}}
+        found[status] = {"description": "as the summary says", "content": content}
+    if path in WITHOUT_BODY:
+        status, why = WITHOUT_BODY[path]
+        found[status] = {"description": why}
+    return found
+
+
 def _parameters(path: str, method: str) -> list[dict[str, Any]]:
     in_path = [
-        {"name": name, "in": "path", "required": True, "schema": {"type": kind}}
-        for name, kind in (("env", "integer"), ("job", "string"), ("episode", "string"))
+        {"name": name, "in": "path", "required": True, "schema": schema}
+        for name, schema in IN_PATH.items()
         if f"{{{name}}}" in path
     ]
-    queries = QUERIES.get(path, ()) if method == "GET" else ()
-    return [*in_path, *({"name": name, "in": "query", "schema": {"type": kind}} for name, kind in queries)]
-
-
-def _ref(model: type[BaseModel]) -> dict[str, str]:
-    return {"$ref": f"#/components/schemas/{model.__name__}"}
+    others = PARAMETERS.get(path, ()) if method == "GET" else OF_CALLS if path in CALLS else ()
+    return [*in_path, *({"name": name, "in": where, "schema": schema} for where, name, schema in others)]
 
 
 async def openapi(request: Request) -> Response:
@@ -152,12 +261,17 @@ def _section(path: str, method: str, operation: dict[str, Any]) -> str:
         ("answer", next(iter(operation["responses"].values()))),
     ):
         for media, content in (holder or {}).get("content", {}).items():
-            name = content.get("schema", {}).get("$ref", "").rpartition("/")[2]
+            name = next(iter(_names(content.get("schema", {}))), "")
             facts.append(f"{where}: {f'<a href=#{name}>{name}</a>' if name else html.escape(media)}")
     return (
         f"<section><h3><b>{method.upper()}</b> <code>{html.escape(path)}</code></h3>"
         f"<p>{html.escape(operation['summary'])}</p><p class=facts>{' · '.join(facts)}</p></section>"
     )
+
+
+def _names(schema: Schema) -> list[str]:
+    """The models that a schema names, the first of them what it is about."""
+    return re.findall(r'"#/components/schemas/(\w+)"', json.dumps(schema))
 
 
 _TEMPLATE = """<!doctype html>

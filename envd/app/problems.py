@@ -36,6 +36,12 @@ REST_SECONDS = 5.0
 """How much of a body that nobody wants is read before the client is answered anyway, and for how long."""
 
 
+TWO_LENGTHS = RequestError(
+    "The request has a Content-Length and a Transfer-Encoding.",
+    hint="Send one of them. A proxy that goes by the other would take the rest for a request of somebody else's.",
+)
+
+
 def problem_response(error: EnvdError, instance: str, headers: Mapping[str, str] | None = None) -> Response:
     problem = error.problem(instance)
     sent = dict(headers or {})
@@ -79,7 +85,12 @@ class Boundary:
             # Still percent-encoded: what a stranger sends must not move the cursor of whoever reads the log.
             facts = {"method": scope["method"], "path": scope["raw_path"].decode("ascii", "replace")}
             try:
-                await self._app(scope, body.receive, send_with_id)
+                if _has_two_lengths(scope):
+                    await problem_response(TWO_LENGTHS, scope["path"], {"Connection": "close"})(
+                        scope, body.receive, send_with_id
+                    )
+                else:
+                    await self._app(scope, body.receive, send_with_id)
             except Exception as error:
                 logger.exception("a request broke", **facts)
                 if status is not None:
@@ -130,6 +141,11 @@ class _Body:
     async def _read_on(self) -> None:
         while not self._complete:
             await self.receive()
+
+
+def _has_two_lengths(scope: Scope) -> bool:
+    """Hypercorn 0.18 takes the Transfer-Encoding, and what follows for another request on the same connection."""
+    return {b"content-length", b"transfer-encoding"} <= {name.lower() for name, _ in scope["headers"]}
 
 
 def _request_id(given: str) -> str:

@@ -18,7 +18,6 @@ A try is judged ok, fail (answered, and the answer was not good) or unknown (not
 
 from __future__ import annotations
 
-import io
 import random
 import time
 from collections.abc import Awaitable, Callable
@@ -31,6 +30,7 @@ from PIL import Image
 from ..errors import EnvdError, GuestMisbehaved, GuestUnreachable
 from ..guest import Cdp, Guest
 from ..models import Probe, ProbeResult
+from ..pictures import opened
 
 NEEDED = 2
 SLOWEST_INTERVAL = 2.0
@@ -217,11 +217,11 @@ class Readiness:
 def judge_picture(picture: bytes, screen: tuple[int, int]) -> tuple[ProbeResult, str]:
     """Whether `picture` shows a usable desktop of `screen` (width, height) pixels. Blocks: call it in a thread."""
     try:
-        with Image.open(io.BytesIO(picture), formats=("PNG", "JPEG")) as image:
+        with opened(picture) as image:
             if image.size != screen:
                 return ProbeResult.FAIL, f"the screen is {image.width}x{image.height}, not {screen[0]}x{screen[1]}"
             share = _largest_share(image)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except ValueError as error:
         return ProbeResult.FAIL, f"{len(picture)} bytes that do not decode: {error}"
     if (1 - share) * screen[1] < LEAST_SHOWN:
         return ProbeResult.FAIL, f"the screen is one flat colour ({share:.1%} of it)"

@@ -31,7 +31,7 @@ class Answer:
         """Raises InfraError when the body is not JSON."""
         try:
             return json.loads(self.body)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InfraError(
                 f"{self.request} was answered with {self.content_type or 'no content type'} where JSON was due: "
                 f"{_excerpt(self.body)}",
@@ -53,8 +53,7 @@ class Answer:
             except ValidationError:
                 pass
             else:
-                if error.retry_after is None:
-                    error.retry_after = self.retry_after
+                error.retry_after = self.retry_after if error.retry_after is None else _bounded(error.retry_after)
                 return error
         detail = f"{self.request} was answered {self.status}: {_excerpt(self.body)}"
         if self.status in (502, 503, 504) and self.content_type != "application/json":
@@ -73,13 +72,18 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds, from either form that RFC 9110 allows; None when it is absent or unreadable."""
     value = headers.get("Retry-After", "").strip()
     try:
-        return min(max(0.0, float(value)), 86_400.0)
+        return _bounded(float(value))
     except ValueError:
         pass
     try:
-        return min(max(0.0, parsedate_to_datetime(value).timestamp() - time.time()), 86_400.0)
-    except ValueError:
+        return _bounded(parsedate_to_datetime(value).timestamp() - time.time())
+    except (ValueError, OverflowError):
         return None
+
+
+def _bounded(seconds: float) -> float:
+    """From nothing to a day, also of what is no number."""
+    return min(max(0.0, seconds), 86_400.0)
 
 
 def _excerpt(body: bytes) -> str:

@@ -180,7 +180,7 @@ def _event(message: Message) -> Event:
         job = document.get("job") or {}
         about = {"job_id": job.get("id"), "env": job.get("env"), "desktop_id": job.get("desktop_id")}
         return Event.model_validate({"at": time.time()} | about | document | {"id": message.id, "kind": message.event})
-    except (ValueError, AttributeError) as error:  # a ValidationError is a ValueError
+    except (ValueError, AttributeError, RecursionError) as error:  # a ValidationError is a ValueError
         raise InfraError(f"The server sent an event that this client cannot read: {error}") from error
 
 

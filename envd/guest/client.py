@@ -21,6 +21,11 @@ from ..errors import GuestMisbehaved, GuestUnreachable
 
 LARGEST_ANSWER = 64 * 1024 * 1024
 """Bytes. A 4K screenshot that does not compress at all is 33 MB."""
+LARGEST_WORDS = 16 * 1024 * 1024
+"""Bytes of an answer that is JSON or text."""
+MOST_PARTS = 300_000
+"""Objects and lists in a guest's JSON. Small ones take twenty times their length in memory, and the loop stands still
+while they are made: these many, for a tenth of a second."""
 LARGEST_FILE = 256 * 1024 * 1024
 """Bytes of a file that is fetched from a guest, unless the caller says otherwise."""
 WORDS_KEPT = 2000
@@ -78,7 +83,7 @@ class Guest:
         """What `answer`, from the endpoint `path`, says of the command that was run. Raises GuestMisbehaved if it was
         not."""
         code = answer.get("returncode")
-        if answer.get("status") != "success" or not isinstance(code, int):
+        if answer.get("status") != "success" or not isinstance(code, int) or abs(code) >= 2**63:
             said = answer.get("message")
             refused: dict[str, Any] = {"refused": said[:WORDS_KEPT]} if isinstance(said, str) and said else {}
             raise GuestMisbehaved(
@@ -116,7 +121,9 @@ class Guest:
             form.add_field("file_data", opened.wrapped, filename="file", content_type="application/octet-stream")
             size = (await anyio.Path(file).stat()).st_size
             async with self._call("POST", "/setup/upload", timeout, data=form) as response:
-                said = self._words("/setup/upload", response, await self._read(response, "/setup/upload"))
+                said = self._words(
+                    "/setup/upload", response, await self._read(response, "/setup/upload", LARGEST_WORDS)
+                )
         stored = re.search(r"(\d+) bytes", said)
         if stored and int(stored[1]) != size:
             raise GuestMisbehaved(f"{self.url}/setup/upload stored {stored[1]} of {size} bytes of {path}")
@@ -130,17 +137,17 @@ class Guest:
     async def form(self, path: str, fields: Mapping[str, str], timeout: float | None = 30) -> dict[str, Any]:
         """POST a form; the answer as `post` gives it."""
         async with self._call("POST", path, timeout, data=dict(fields)) as response:
-            return self._object(path, response, await self._read(response, path))
+            return self._object(path, response, await self._read(response, path, LARGEST_WORDS))
 
     async def tell(self, path: str, body: dict[str, Any], timeout: float | None) -> str:
         """POST JSON to an endpoint that answers in words that it has done it; the words."""
         async with self._call("POST", path, timeout, json=body) as response:
-            return self._words(path, response, await self._read(response, path))
+            return self._words(path, response, await self._read(response, path, LARGEST_WORDS))
 
     async def post(self, path: str, body: dict[str, Any], timeout: float | None) -> dict[str, Any]:
         """POST JSON; the answer's object, or {"text": …} where this endpoint answers plain text."""
         async with self._call("POST", path, timeout, json=body) as response:
-            return self._object(path, response, await self._read(response, path))
+            return self._object(path, response, await self._read(response, path, LARGEST_WORDS))
 
     async def _read(self, response: aiohttp.ClientResponse, path: str, limit: int = LARGEST_ANSWER) -> bytes:
         raw = await read_bounded(response, limit)
@@ -210,8 +217,10 @@ async def read_bounded(response: aiohttp.ClientResponse, limit: int) -> bytes:
 
 
 def parse_json(raw: bytes) -> Any:
-    """A guest's JSON. Raises ValueError. Halves of surrogate pairs become `?`: in an event or an answer, they could
-    not be sent on."""
+    """A guest's JSON. Raises ValueError, also for what has more than `MOST_PARTS`. Halves of surrogate pairs become
+    `?`: in an event or an answer, they could not be sent on."""
+    if raw.count(b"[") + raw.count(b"{") > MOST_PARTS:
+        raise ValueError(f"it has more than {MOST_PARTS} objects and lists")
     try:
         value = json.loads(raw.decode(errors="replace"))
         if re.search(rb"\\u[dD][89a-fA-F]", raw):

@@ -9,6 +9,7 @@ import aiohttp
 import anyio
 from anyio.to_thread import run_sync
 
+from .mirrors import without_secrets
 from .parts import Part, Version, version_in_folder
 from .unreachable import HostGivenUp
 
@@ -90,7 +91,7 @@ class Download:
         except aiohttp.TooManyRedirects as error:
             raise SourceFailed(f"redirected more than {REDIRECTS} times", error.status) from error
         except (aiohttp.InvalidURL, aiohttp.NonHttpUrlClientError) as error:
-            raise SourceFailed(f"not a URL that can be downloaded: {error}") from error
+            raise SourceFailed(f"not a URL that can be downloaded: {without_secrets(str(error))}") from error
         except HostGivenUp as error:
             raise NotReached(_words_of(error.error)) from error
         except aiohttp.ClientConnectorCertificateError as error:

@@ -19,6 +19,7 @@ from pathlib import Path
 from urllib.parse import unquote, urldefrag, urlsplit
 
 from ..errors import SettingsError
+from ..settings import without_logins
 
 
 @dataclass(frozen=True)
@@ -51,8 +52,8 @@ def same_file(url: str) -> str:
 
 
 def without_secrets(url: str) -> str:
-    """`url` as it may be told and logged: a name and password in it are left out."""
-    return re.sub(r"^(https?://)[^/?#]*@", r"\1", url)
+    """`url` as it may be told, logged and kept: a name and password in it are left out."""
+    return without_logins(url)
 
 
 def _parse(word: str) -> Mirror:
@@ -67,7 +68,7 @@ def _base(text: str, word: str) -> str | Path:
     if text.startswith(("/", "~", ".")):
         return Path(text).expanduser().absolute()
     raise SettingsError(
-        f"ENVD_ASSET_MIRRORS: {word} is neither a URL nor a folder.",
+        f"ENVD_ASSET_MIRRORS: {without_logins(word)} is neither a URL nor a folder.",
         hint="Write a URL with http:// or https://, a folder as /…, ~/… or ./…, or one URL=another.",
     )
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from .blobs import Blobs, Held, NoRoom, try_lock, write_json
+from .mirrors import without_secrets
 
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -61,7 +62,8 @@ class Part:
         with self._turn:
             self._still_open()
             os.ftruncate(self._descriptor, 0)
-            self.version, self.size = Version(**asdict(version) | {"boot": _boot()}), 0
+            kept = {"boot": _boot(), "source": without_secrets(version.source)}
+            self.version, self.size = Version(**asdict(version) | kept), 0
             # Written while the part is empty: bytes never stand under the name of another version.
             if not self._private:
                 write_json(self.path.with_suffix(".json"), asdict(self.version))
@@ -134,7 +136,7 @@ class Part:
         return f" after {self.size} of {self.total if self.total is not None else '?'} bytes" if self.size else ""
 
     def _begins(self, source: str) -> bool:
-        return self.version is not None and self.version.source == source
+        return self.version is not None and self.version.source == without_secrets(source)
 
     def _still_open(self) -> None:
         if self._closed:
@@ -143,7 +145,8 @@ class Part:
 
 @dataclass(frozen=True)
 class Version:
-    """What a part is the beginning of: which content of which source. `total` is in bytes."""
+    """What a part is the beginning of: which content of which source, in whose URL no password is kept. `total` is in
+    bytes."""
 
     source: str
     etag: str | None = None

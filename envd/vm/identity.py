@@ -65,7 +65,12 @@ async def give_identity(how: How, run: Path, guest: Guest, instance_id: str, pas
         if answer.get("ok") is not True:
             raise GuestMisbehaved(f"The clone did not take its identity: {str(answer.get('error'))[:300]}")
     elif how == "command":
-        done = await guest.execute(_command(identity, password), shell=True, timeout=SECONDS)
+        try:
+            done = await guest.execute(_command(identity, password), shell=True, timeout=SECONDS)
+        except GuestMisbehaved as error:
+            # What a guest says of a command that took too long is the command itself.
+            said = error.detail.replace(shlex.quote(password), "…")
+            raise GuestMisbehaved(f"The clone did not take its identity: {said[:300]}") from None
         if done.returncode:
             raise GuestMisbehaved(f"The clone did not take its identity: {done.stderr.strip()[:300]}")
 

@@ -25,6 +25,7 @@ from ...errors import (
     TaskInvalid,
 )
 from ...models import SetupOutcome, SetupRecord
+from ...settings import Settings, secret_password
 from ..task import Step
 from . import chrome, commands, files, google, history, proxy
 from .context import Context, Run
@@ -61,6 +62,8 @@ LIMITS: dict[str, float] = {
 `setup_timeout`, which is the limit of all together."""
 
 DETAIL_KEPT = 2000
+PASSWORD = "{CLIENT_PASSWORD}"
+"""As tasks write it."""
 
 
 async def run(steps: Sequence[Step], context: Context) -> tuple[SetupRecord, ...]:
@@ -72,7 +75,7 @@ async def run(steps: Sequence[Step], context: Context) -> tuple[SetupRecord, ...
     ends = anyio.current_time() + context.settings.setup_timeout
     for index, step in enumerate(steps):
         began = time.monotonic()
-        warning, failure = await _run_one(step, context, ends)
+        warning, failure = _without_password(context.settings, *await _run_one(step, context, ends))
         record = SetupRecord(
             index=index,
             type=step.type[:100],
@@ -113,6 +116,17 @@ async def _run_one(step: Step, context: Context, ends: float) -> tuple[str, Envd
         total = context.settings.setup_timeout
         return "", InfraError(f"it was not done when the {total:g} s of the whole set-up were over")
     return "", GuestUnreachable(f"it was not done within {limit:g} s", sent=True)
+
+
+def _without_password(settings: Settings, warning: str, failure: EnvdError | None) -> tuple[str, EnvdError | None]:
+    """The same without the desktops' password: a guest that complains of a command may repeat it."""
+    if password := secret_password(settings):
+        warning = warning.replace(password, PASSWORD)
+        if failure is not None:
+            failure.detail = failure.detail.replace(password, PASSWORD)
+            if isinstance(said := failure.facts.get("refused"), str):
+                failure.facts["refused"] = said.replace(password, PASSWORD)
+    return warning, failure
 
 
 def _outcome(warning: str, failure: EnvdError | None) -> SetupOutcome:
