@@ -111,13 +111,29 @@ async def test_an_instance_is_taken_over_with_its_end(aws: FaultyAccount) -> Non
 async def test_what_is_pending_is_waited_for(aws: FaultyAccount) -> None:
     async with next_life(aws, makes) as later:
         aws.rewrite("ec2:DescribeInstances", said("pending", 0))
+        await later._opened._instances.fresh()
         heard = Heard()
         adopting = asyncio.create_task(later.adopt("a-1", heard))
-        await later._opened._instances.fresh()
         assert await is_waiting(adopting)
         aws.settled()
         assert await adopting is not None
         assert heard.phases == ["pending", "running"]
+
+
+@pytest.mark.parametrize(
+    "code", ["Client.InternalError", "Client.VolumeLimitExceeded", "Server.InsufficientInstanceCapacity"]
+)
+async def test_what_ends_while_it_is_pending_is_not_taken(code: str, aws: FaultyAccount) -> None:
+    async with next_life(aws, makes) as later:
+        aws.rewrite("ec2:DescribeInstances", said("pending", 0))
+        await later._opened._instances.fresh()
+        heard = Heard()
+        adopting = asyncio.create_task(later.adopt("a-1", heard))
+        assert await is_waiting(adopting)
+        aws.settled()
+        aws.rewrite("ec2:DescribeInstances", said("terminated", 48, (code, f"{code}: No.")))
+        assert await adopting is None
+        assert heard.notes != []
 
 
 async def test_an_instance_that_was_killed_before_its_schedule_was_made_gets_one(aws: FaultyAccount) -> None:

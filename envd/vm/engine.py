@@ -265,11 +265,11 @@ class Engine:
         return Made(running.endpoints, ResetPath.RESTORE, frame)
 
     async def _keep_in_mind(self, desktop_id: str, kept: Kept, report: Report) -> None:
-        """For the next life of this daemon. A machine is as good without."""
+        """For the next life of this daemon. Without it a machine is as good in this one."""
         try:
             await anyio.to_thread.run_sync(kept.write, self._machines.root / desktop_id)
         except OSError as error:
-            report.note(f"The machine ends when this daemon is started anew: {error}")
+            report.note(f"The machine cannot be taken over should this daemon die: {error}")
 
     async def _discard(self, spec: InstanceSpec) -> None:
         """Nothing is left of a try, so that the next can be made under the same id."""
@@ -291,7 +291,7 @@ class Engine:
     # -- taking over --------------------------------------------------------------------------------------------
 
     async def adopt(self, instance_id: str, report: Report) -> Made | None:
-        """As drivers promise. Also a machine in the middle of its cold boot, which no other one overtakes."""
+        """As drivers promise. Also a machine in the middle of its cold boot; until that is over no other one begins."""
         if not _ID.fullmatch(instance_id) or instance_id in self._creating or instance_id in self._held:
             return None
         making = self._creating[instance_id] = _Creating()

@@ -24,7 +24,7 @@ from . import tags
 from .boot import narrate
 from .budget import Budget
 from .cloud import Cloud
-from .instances import Instances, Seen
+from .instances import ENDED, Instances, Seen
 from .launch import Image, launch
 from .place import Place
 from .refusals import early_end
@@ -250,9 +250,10 @@ class Desktops:
             report.phase("pending")
         try:
             return await self._running(desktop, report)
-        except CloudRefused:
-            raise
         except BootFailed as error:
+            # A refusal is why EC2 does not say how it is, or why the instance has ended.
+            if isinstance(error, CloudRefused) and self._instances.get(seen.id).state not in (*LEAVING, *ENDED):
+                raise
             report.note(error.detail)
             return None
 

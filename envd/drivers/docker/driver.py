@@ -33,7 +33,7 @@ TOLD_EVERY = 5.0
 
 
 class DockerDriver(Driver):
-    """Desktops of one daemon on the Docker engine of this host. They outlive the daemon; its next start takes them over,
+    """Desktops of one daemon on the Docker engine of this host. They outlive the daemon; its next start takes them over
     or removes them.
 
     The image's label io.envd.kind says what it is: `desktop`, `qemu`, or, without one, anybody's image that keeps
