@@ -134,6 +134,8 @@ async def test_what_ends_while_it_is_pending_is_not_taken(code: str, aws: Faulty
         aws.rewrite("ec2:DescribeInstances", said("terminated", 48, (code, f"{code}: No.")))
         assert await adopting is None
         assert heard.notes != []
+        aws.settled()
+        await later._opened._instances.fresh()  # it runs, and is ended
 
 
 async def test_an_instance_that_was_killed_before_its_schedule_was_made_gets_one(aws: FaultyAccount) -> None:
