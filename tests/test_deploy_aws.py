@@ -28,6 +28,7 @@ from envd.drivers.aws.check import check
 from envd.drivers.aws.check_network import PORTS
 from envd.drivers.aws.cloud import SERVICES, open_cloud
 from envd.drivers.aws.scheduler_role import permissions_document, trust_document
+from envd.drivers.aws.sweep import sweep
 from envd.drivers.aws.ttl import open_ttl
 from envd.drivers.base import InstanceSpec, Report
 from envd.settings import Settings, load
@@ -105,6 +106,7 @@ async def test_the_policy_has_every_action_that_is_called_and_no_other() -> None
             await driver.unpark(second.id, Report())
             await driver.log_tail(second.id)
             await prolong(aws, settings)
+            await sweep(driver._cloud, "0e0e0e", driver._opened)
             async with metadata(subnet=aws.subnets[0], vpc=aws.vpc, security_groups=aws.security_group):
                 await check(settings)
             await driver.destroy(second.id)

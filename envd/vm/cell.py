@@ -67,6 +67,11 @@ class Cell(ABC):
     async def start(self, spec: CellSpec, report: Report) -> None:
         """Start the process; return when it runs. Raises BootFailed."""
 
+    async def adopt(self, name: str) -> bool:
+        """Whether a process that an earlier life of this daemon started runs, and is known from here on as if it had
+        been started now. Raises InfraError when that cannot be told. Cells that end with the daemon adopt none."""
+        return False
+
     @abstractmethod
     async def endpoints(self, name: str, monitor: Monitor) -> Endpoints:
         """Where its forwarded ports are reached from this host. `monitor` is connected."""

@@ -69,13 +69,16 @@ class VmConsole:
     run     this host's side of /run/vm
     screen  (width, height) in pixels, in which gestures count
     seen    what may be relied on. Calls work whatever it says.
+    fresh   whether nobody has moved the machine's pointer yet. Else it is not known where its tablet is.
     """
 
-    def __init__(self, monitor: Monitor, run: Path, screen: tuple[int, int], seen: HostIo = UNTRIED) -> None:
+    def __init__(
+        self, monitor: Monitor, run: Path, screen: tuple[int, int], seen: HostIo = UNTRIED, *, fresh: bool = True
+    ) -> None:
         self._monitor = monitor
         self._frame = run / FRAME
         self._screen = screen
-        self._seen = seen
+        self.seen = seen
         self._pictures = Pictures()
         self._eyes = asyncio.Lock()
         self._hands = asyncio.Lock()
@@ -92,16 +95,16 @@ class VmConsole:
         """Whether the call that is under way may have reached the guest."""
         self._down: dict[tuple[Queue, str], Event] = {}
         """What it holds down → how to let go of it."""
-        self._place: tuple[int, ...] = (0, 0)
-        """Where the tablet was last, on AXIS."""
+        self._place: tuple[int, ...] | None = (0, 0) if fresh else None
+        """Where the tablet was last, on AXIS; None when that is not known."""
 
     @property
     def pictures(self) -> bool:
-        return self._seen.pictures
+        return self.seen.pictures
 
     @property
     def input(self) -> bool:
-        return self._seen.input
+        return self.seen.input
 
     def takes(self, gestures: Sequence[Gesture]) -> bool:
         """Whether it fits into what the guest's kernel keeps for an X server that reads nothing for a while."""
@@ -157,6 +160,8 @@ class VmConsole:
             case Rest(seconds):
                 await anyio.sleep(seconds)
             case Move(x, y):
+                if self._place is None:  # it may be there already: the next goes beside it, so one of them is news
+                    await self._send("tablet", *self._abs(x, y))
                 await self._send("tablet", *self._abs(x, y))
             case Press(button, down):
                 self._hold("tablet", button, down, _button(button, down=False))
@@ -224,8 +229,9 @@ class VmConsole:
         """The middle of a pixel, or beside it when that is where the tablet is already: Linux drops an axis that says
         nothing new, though a program in the guest may have put the pointer elsewhere since."""
         wanted = [_middle(place, size) for place, size in zip((x, y), self._screen, strict=True)]
-        self._place = tuple(place + (place == last) for place, last in zip(wanted, self._place, strict=True))
-        return _axis("x", self._place[0]), _axis("y", self._place[1])
+        before = self._place or (None, None)
+        x, y = self._place = tuple(place + (place == last) for place, last in zip(wanted, before, strict=True))
+        return _axis("x", x), _axis("y", y)
 
 
 _POINTED: Mapping[type[Gesture], int] = {Move: 3, Press: 2, Wheel: 4, Key: 0, Rest: 0}

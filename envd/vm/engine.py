@@ -36,6 +36,7 @@ from .disks import DESKTOP_BUDGET, check_disk, require_space
 from .history import History
 from .identity import give_identity
 from .keeping import Keeper
+from .kept import Kept
 from .machine import Accel, Machine
 from .making import Making, template_memory
 from .running import SAVED, Machines, Running
@@ -223,16 +224,17 @@ class Engine:
             began = time.monotonic()
             report.phase(PHASES[0])
             running = await self._hold(spec.id, self._machines.boot(plan, spec, report, on_phase=report.phase))
+            await self._keep_in_mind(spec.id, Kept(path=ResetPath.COLD, screen=spec.screen, booted=False), report)
             await self._making.boot(running, report)
             running.serial.quiet()
+            await self._keep_in_mind(spec.id, Kept(path=ResetPath.COLD, screen=spec.screen), report)
             await anyio.to_thread.run_sync(self._history.add, plan.key, time.monotonic() - began)
         return Made(running.endpoints)
 
     async def _clone(self, plan: Plan, spec: InstanceSpec, report: Report, template: Template) -> Made:
         report.phase("clone")
         trial = template.manifest.trial
-        wanted = self._settings.host_io == "auto"
-        seen = HostIo(trial.pictures and wanted, trial.input and wanted, trial.io_detail)
+        seen = self._wanted(HostIo(trial.pictures, trial.input, trial.io_detail))
         opening = self._machines.clone(plan, spec, report, template=template.directory, state=template.state, seen=seen)
         made = await self._go_on(await self._hold(spec.id, opening), spec, report, template)
         await self._keeper.cloned(template)
@@ -257,7 +259,17 @@ class Engine:
             await running.monitor.resume()
             report.phase("identity")
             await give_identity(how, running.run, guest, spec.id, self._settings.client_password)
+        seen = running.console.seen
+        io = {"pictures": seen.pictures, "input": seen.input, "detail": seen.detail}
+        await self._keep_in_mind(spec.id, Kept(path=ResetPath.RESTORE, screen=spec.screen, **io), report)
         return Made(running.endpoints, ResetPath.RESTORE, frame)
+
+    async def _keep_in_mind(self, desktop_id: str, kept: Kept, report: Report) -> None:
+        """For the next life of this daemon. Without it a machine is as good in this one."""
+        try:
+            await anyio.to_thread.run_sync(kept.write, self._machines.root / desktop_id)
+        except OSError as error:
+            report.note(f"The machine cannot be taken over should this daemon die: {error}")
 
     async def _discard(self, spec: InstanceSpec) -> None:
         """Nothing is left of a try, so that the next can be made under the same id."""
@@ -275,6 +287,55 @@ class Engine:
             await anyio.to_thread.run_sync(self._history.add, plan.key, made.manifest.boot_seconds)
             logger.info("template made", template=plan.key, trial=made.manifest.trial.model_dump())
             return await self._keeper.find(plan.key, report) or made
+
+    # -- taking over --------------------------------------------------------------------------------------------
+
+    async def adopt(self, instance_id: str, report: Report) -> Made | None:
+        """As drivers promise. Also a machine in the middle of its cold boot; until that is over no other one begins."""
+        if not _ID.fullmatch(instance_id) or instance_id in self._creating or instance_id in self._held:
+            return None
+        making = self._creating[instance_id] = _Creating()
+        try:
+            with making.scope:
+                return await self._adopt(instance_id, report)
+        finally:
+            del self._creating[instance_id]
+            making.over.set()
+        return None
+
+    async def _adopt(self, instance_id: str, report: Report) -> Made | None:
+        kept = await anyio.to_thread.run_sync(Kept.read, self._machines.root / instance_id)
+        if kept is None or not await self._machines.cell.adopt(instance_id):
+            return None
+        phase = _nobody if kept.booted else report.phase
+        opening = self._machines.adopt(instance_id, kept.screen, self._wanted(kept.seen), phase)
+        try:
+            running = await self._hold(instance_id, opening)
+            if kept.booted:
+                running.serial.quiet()
+            else:
+                self._tasks.start_soon(self._finish_boot, running, kept, report)
+            if kept.path is ResetPath.COLD:
+                return Made(running.endpoints)
+            async with self._machines.alive(running.name, running.serial):
+                return Made(running.endpoints, kept.path, await running.console.picture())
+        except (EnvdError, OSError) as error:
+            report.note(f"The machine cannot be taken over: {error}")
+            return None
+
+    async def _finish_boot(self, running: Running, kept: Kept, report: Report) -> None:
+        try:
+            async with self._booting:
+                await self._making.boot(running, report)
+        except (EnvdError, OSError) as error:
+            logger.info("a boot of an earlier life has failed", name=running.name, error=str(error))
+        else:
+            running.serial.quiet()
+            await self._keep_in_mind(running.name, kept.model_copy(update={"booted": True}), report)
+
+    def _wanted(self, seen: HostIo) -> HostIo:
+        """What was seen to work, as far as the settings let it be used."""
+        return seen if self._settings.host_io == "auto" else HostIo(False, False, seen.detail)
 
     # -- looking ------------------------------------------------------------------------------------------------
 
@@ -363,6 +424,7 @@ class Engine:
                 held.closed.set()
 
     def _lay_out(self) -> None:
+        """What an earlier life left there is let be: it may be taken over."""
         self._machines.root.mkdir(mode=0o700, parents=True, exist_ok=True)
 
 
@@ -371,3 +433,7 @@ async def _task_group() -> AsyncIterator[TaskGroup]:
     async with anyio.create_task_group() as tasks:
         yield tasks
         tasks.cancel_scope.cancel()
+
+
+def _nobody(phase: str) -> None:
+    pass

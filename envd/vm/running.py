@@ -1,10 +1,11 @@
 """Machines that run: started in a cell, connected to, watched for their death, ended.
 
-    desktops/<desktop id>/desktop/    /run/vm of the desktop itself
-                          template/   of the machine that boots to become a template
-                          trial-1/    of the clones that this is tried with
+    desktops/<desktop id>/desktop/      /run/vm of the desktop itself
+                          template/     of the machine that boots to become a template
+                          trial-1/      of the clones that this is tried with
                           trial-2/
-                          saved/      what takes a template's place where a full state is restored
+                          saved/        what takes a template's place where a full state is restored
+                          machine.json  for the next life of the daemon (`kept.py`)
 
 A folder is there before the cell is started, so whatever is left after a crash is found by it.
 """
@@ -123,6 +124,23 @@ class Machines:
         ) as running:
             async with self.alive(running.name, running.serial):
                 await running.monitor.load_state(state, memory=memory, timeout=_LOAD_SECONDS)
+            yield running
+
+    @asynccontextmanager
+    async def adopt(
+        self, desktop_id: str, screen: tuple[int, int], seen: HostIo, on_phase: Callable[[str], None]
+    ) -> AsyncIterator[Running]:
+        """The machine of an earlier life of this daemon, whose cell is known again (`Cell.adopt`). One that was paused
+        goes on; one that QEMU itself stopped is refused. Raises InfraError."""
+        run = self.root / desktop_id / "desktop"
+        serial = self._serials[desktop_id] = SerialLog(run / "serial.log", on_phase)
+        async with self._connected(desktop_id, run, serial, screen, seen, fresh=False) as running:
+            async with self.alive(running.name, serial):
+                status = await running.monitor.status()
+                if status == "paused":
+                    await running.monitor.resume()
+                elif status != "running":
+                    raise InfraError(f"The machine {desktop_id} does not run: QEMU calls it {status}.")
             yield running
 
     @asynccontextmanager
@@ -253,13 +271,20 @@ class Machines:
         )
         with anyio.fail_after(_START_SECONDS):
             await self.cell.start(cell, report)
+        async with self._connected(cell.name, run, serial, plan.machine.screen, seen) as running:
+            yield running
+
+    @asynccontextmanager
+    async def _connected(
+        self, name: str, run: Path, serial: SerialLog, screen: tuple[int, int], seen: HostIo, *, fresh: bool = True
+    ) -> AsyncIterator[Running]:
         async with AsyncExitStack() as open_things:
-            async with self.alive(cell.name, serial):
+            async with self.alive(name, serial):
                 opening = Monitor.open(run / "qmp.sock", timeout=_MONITOR_SECONDS)
                 monitor = await open_things.enter_async_context(opening)
-                endpoints = await self.cell.endpoints(cell.name, monitor)
-            console = VmConsole(monitor, run, plan.machine.screen, seen)
-            yield Running(cell.name, run, monitor, serial, console, endpoints)
+                endpoints = await self.cell.endpoints(name, monitor)
+            console = VmConsole(monitor, run, screen, seen, fresh=fresh)
+            yield Running(name, run, monitor, serial, console, endpoints)
 
 
 async def answers(session: aiohttp.ClientSession, url: str, *, pause: float) -> None:

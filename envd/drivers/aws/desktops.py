@@ -1,4 +1,4 @@
-"""The desktops of one daemon, as instances: made, ended, renewed, put to sleep.
+"""The desktops of one daemon, as instances: made, taken over, ended, renewed, put to sleep.
 
 A launch goes on when whoever asked for it is cancelled, in a task of its own: a call that was sent must be heard to its
 end, or nobody would know of its instance until the next sweep.
@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import re
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import anyio
 import structlog
 
-from ...errors import BootFailed, CloudRefused, CloudUnreachable, InfraError
+from ...errors import BootFailed, CloudRefused, CloudUnreachable, InfraError, TtlUnavailable
 from ...models import Endpoints
 from ...settings import Settings
 from ..base import Death, InstanceSpec, Made, Report
@@ -23,7 +24,7 @@ from . import tags
 from .boot import narrate
 from .budget import Budget
 from .cloud import Cloud
-from .instances import Instances, Seen
+from .instances import ENDED, Instances, Seen
 from .launch import Image, launch
 from .place import Place
 from .refusals import early_end
@@ -50,7 +51,7 @@ USED = ("pending", "running", "stopping", "stopped")
 
 @dataclass(eq=False)
 class Desktop:
-    """One that this process launched, until it is destroyed.
+    """One that this process launched or took over, until it is destroyed.
 
     launched  set when the outcome of the launch is known: `instance_id`, or `failure`, or both.
     unheard   AWS may have launched it and did not say so.
@@ -209,6 +210,67 @@ class Desktops:
             f"{instance_id} runs and has no {kind if public else 'private'} address.", hint=hint if public else ""
         )
 
+    # -- taking over --------------------------------------------------------------------------------------------
+
+    async def adopt(self, desktop_id: str, report: Report) -> Made | None:
+        """It is known, so no sweep ends it, from before AWS is asked."""
+        if IDS.fullmatch(desktop_id) is None or desktop_id in self.known:
+            return None
+        desktop = self.known[desktop_id] = Desktop(desktop_id)
+        desktop.launched.set()
+        made = None
+        try:
+            with desktop.making:
+                made = await self._adopt(desktop, report)
+        finally:
+            if made is None and self.known.get(desktop_id) is desktop:
+                del self.known[desktop_id]
+        return made
+
+    async def _adopt(self, desktop: Desktop, report: Report) -> Made | None:
+        """Its instance must be the only one, and run or be about to. Raises CloudRefused."""
+        there = [told for told in await self._tagged(desktop.id) if told["State"]["Name"] in USED]
+        if len(there) > 1:
+            report.note(f"{len(there)} instances are {desktop.id}: {', '.join(one['InstanceId'] for one in there)}.")
+        if len(there) != 1:
+            return None
+        [told] = there
+        seen, marks = Seen.of(told), tags.as_dict(told.get("Tags"))
+        if seen.state in LEAVING:
+            report.note(f"{seen.id} is {seen.state}.")
+            return None
+        if marks.get(tags.RENEWAL) == tags.RENEWING:
+            report.note(f"The root volume of {seen.id} may not have been replaced.")
+            return None
+        if not await self._has_an_end(desktop, seen.id, marks, report):
+            return None
+        desktop.instance_id = seen.id
+        self._instances.launched(seen)
+        if seen.state == "pending":
+            report.phase("pending")
+        try:
+            return await self._running(desktop, report)
+        except BootFailed as error:
+            # A refusal is why EC2 does not say how it is, or why the instance has ended.
+            if isinstance(error, CloudRefused) and self._instances.get(seen.id).state not in (*LEAVING, *ENDED):
+                raise
+            report.note(error.detail)
+            return None
+
+    async def _has_an_end(self, desktop: Desktop, instance_id: str, marks: Mapping[str, str], report: Report) -> bool:
+        """Whether its end is as the settings have it from here on. That its tag names one does not mean that there is a
+        schedule: whoever launched it may have been killed in between."""
+        if self._ttl is None:
+            if tags.EXPIRES in marks:
+                report.note(f"{instance_id} was launched with a TTL that ends it at {marks[tags.EXPIRES]}.")
+            return tags.EXPIRES not in marks
+        try:
+            desktop.ends = await self._ttl.prolong(instance_id)
+        except TtlUnavailable as refusal:
+            report.note(refusal.detail)
+            return False
+        return True
+
     def hush(self) -> None:
         """What is told of boots is told no more."""
         for desktop in self.known.values():
@@ -315,12 +377,17 @@ class Desktops:
         with new.making:
             await self._retag(instance_id, spec)
             await replace_root(self._cloud, instance_id, spec.id, report)
+            await self._tag(instance_id, {tags.RENEWAL: tags.RENEWED})
             return await self._running(new, report)
         raise BootFailed(f"The desktop {spec.id} was destroyed while it was made.")
 
     async def _retag(self, instance_id: str, spec: InstanceSpec) -> None:
-        told = {"Name": spec.id, tags.DESKTOP: spec.id, tags.JOB: spec.job_id}
+        """It is dirty yet, and says so: after a crash nobody takes it for the clean one that it is named for."""
+        told = {"Name": spec.id, tags.DESKTOP: spec.id, tags.JOB: spec.job_id, tags.RENEWAL: tags.RENEWING}
         told[tags.ENV] = "" if spec.env is None else str(spec.env)
+        await self._tag(instance_id, told)
+
+    async def _tag(self, instance_id: str, told: Mapping[str, str]) -> None:
         await self._cloud.call("ec2", "create_tags", within=CALL, Resources=[instance_id], Tags=tags.as_list(told))
 
     async def park(self, desktop_id: str) -> None:

@@ -31,7 +31,8 @@ from .ttl import Ttl, open_ttl
 logger = structlog.get_logger(__name__)
 
 SWEEPS = 180.0
-"""Seconds between two sweeps."""
+"""Seconds between two sweeps, and before the first: until then whoever opened the driver has said which instances of
+an earlier life are taken over, and has removed the others."""
 TTL_LOOKS = 10.0
 """Seconds between two looks at whether an end must be put off."""
 TTL_LEFT = 0.5
@@ -39,8 +40,8 @@ TTL_LEFT = 0.5
 
 
 class AwsDriver(Driver):
-    """Desktops of one daemon in one account and region. They outlive the daemon; its next start removes them, and
-    without one the TTL does."""
+    """Desktops of one daemon in one account and region. They outlive the daemon; its next start takes them over or
+    removes them, and without one the TTL does."""
 
     name: ClassVar[str] = "aws"
 
@@ -144,6 +145,9 @@ class AwsDriver(Driver):
     async def renew(self, instance_id: str, spec: InstanceSpec, report: Report) -> Made | None:
         return await self._opened.renew(instance_id, spec, report)
 
+    async def adopt(self, instance_id: str, report: Report) -> Made | None:
+        return await self._opened.adopt(instance_id, report)
+
     async def park(self, instance_id: str) -> None:
         await self._opened.park(instance_id)
 
@@ -178,6 +182,7 @@ class AwsDriver(Driver):
 
     async def _sweep(self, desktops: Desktops) -> None:
         while True:
+            await anyio.sleep(SWEEPS)
             try:
                 for found in await sweep(self._cloud, self._daemon_id, desktops):
                     logger.warning(
@@ -185,7 +190,6 @@ class AwsDriver(Driver):
                     )
             except CloudRefused as refusal:
                 logger.warning("cannot sweep", code=refusal.code, error=refusal.detail)
-            await anyio.sleep(SWEEPS)
 
     async def _prolong(self, desktops: Desktops, ttl: Ttl) -> None:
         while True:

@@ -18,6 +18,9 @@ DAEMON, DESKTOP, ENV, JOB, OWNER, CREATED, EXPIRES = (
     f"{PREFIX}{word}" for word in ("daemon", "desktop", "env", "job", "owner", "created-at", "expires-at")
 )
 """`CREATED` and `EXPIRES` in UTC, as 2026-11-23T02:10:00Z."""
+RENEWAL = f"{PREFIX}renewal"
+"""Of an instance that was given to another desktop: `RENEWING` until its root volume is replaced, then `RENEWED`."""
+RENEWING, RENEWED = "under way", "done"
 
 Filters = list[dict[str, Any]]
 

@@ -44,6 +44,12 @@ class DockerCell(Cell):
         )
         self._ports[spec.name] = await self._containers.start(spec.name, recipe, report, disk=LAYER)
 
+    async def adopt(self, name: str) -> bool:
+        ports = await self._containers.adopt(name, self._image.kind)
+        if ports is not None:
+            self._ports[name] = ports
+        return ports is not None
+
     async def endpoints(self, name: str, monitor: Monitor) -> Endpoints:
         if name not in self._ports:
             raise BootFailed(f"There is no container {name}.")

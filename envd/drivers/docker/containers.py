@@ -31,7 +31,8 @@ from ...vm.disks import require_space
 from ..base import Death, Report
 from . import logs
 from .engine import ANSWER, Engine, is_absent
-from .recipes import DAEMON, DESKTOP
+from .images import Kind
+from .recipes import DAEMON, DESKTOP, KIND
 from .watch import Life, Watch, paused_words
 
 START = 120.0
@@ -93,6 +94,33 @@ class Containers:
             return await self._start(name, recipe, report, making)
         finally:
             del self._making[name]
+
+    async def adopt(self, name: str, kind: Kind) -> dict[int, int] | None:
+        """Know a container of an earlier life of this daemon again. Returns its ports as `start` does: the engine chose
+        others if it started it anew.
+
+        None if there is none of that name, it is of an image of another kind, or it does not run or stands still.
+        Raises InfraError when the engine cannot tell.
+        """
+        found = await self._found(name=name) if _ID.fullmatch(name) else {}
+        if not found:
+            return None
+        [(container_id, (_, desktop))] = found.items()
+        try:
+            async with self._engine.asking("look at a container") as docker:
+                shown = await docker.containers.container(container_id).show()
+        except BootFailed as error:
+            if not is_absent(error):
+                raise
+            return None
+        ports = _published(shown)
+        runs = shown["State"]["Status"] == "running"
+        if not runs or not ports or shown["Config"]["Labels"].get(KIND, "foreign") != kind:
+            return None
+        life = self._watch.add(Life(container_id, name, desktop, memory=0))
+        life.memory = shown["HostConfig"]["Memory"]
+        await self._watch.look(life)
+        return ports if life.is_alive else None
 
     async def run(self, name: str, recipe: Mapping[str, Any], within: float) -> tuple[int | None, str]:
         """Run it to its end, for `within` seconds at most, and remove it. Returns its exit code, None if it had to be
@@ -207,8 +235,7 @@ class Containers:
         """Asked of the engine after each start: it chooses anew every time."""
         async with self._engine.asking("look at a container") as docker:
             shown = await docker.containers.container(life.id).show()
-        published = shown["NetworkSettings"]["Ports"] or {}
-        ports = {int(port.partition("/")[0]): int(to[0]["HostPort"]) for port, to in published.items() if to}
+        ports = _published(shown)
         if not ports:
             with anyio.move_on_after(ANSWER):
                 await life.ended()
@@ -270,3 +297,9 @@ class Containers:
             await anyio.sleep(0.1)
             return error.detail
         return ""
+
+
+def _published(shown: Mapping[str, Any]) -> dict[int, int]:
+    """Of a container, as the engine shows it: its ports → this host's."""
+    published = shown["NetworkSettings"]["Ports"] or {}
+    return {int(port.partition("/")[0]): int(to[0]["HostPort"]) for port, to in published.items() if to}

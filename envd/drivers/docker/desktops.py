@@ -67,6 +67,14 @@ class ContainerDesktops:
         self._containers.follow(spec.id, report)
         return Made(recipes.endpoints(ports))
 
+    async def adopt(self, instance_id: str, report: Report) -> Made | None:
+        """Its log is read from its beginning, so phases that are over are told once more, all at once."""
+        ports = await self._containers.adopt(instance_id, self._image.kind)
+        if ports is None:
+            return None
+        self._containers.follow(instance_id, report)
+        return Made(recipes.endpoints(ports))
+
     def next_path(self) -> ResetPath:
         return ResetPath.COLD
 

@@ -33,7 +33,8 @@ TOLD_EVERY = 5.0
 
 
 class DockerDriver(Driver):
-    """Desktops of one daemon on the Docker engine of this host. They outlive the daemon; its next start removes them.
+    """Desktops of one daemon on the Docker engine of this host. They outlive the daemon; its next start takes them over
+    or removes them.
 
     The image's label io.envd.kind says what it is: `desktop`, `qemu`, or, without one, anybody's image that keeps
     OSWorld's contract of ports, environment and mounts.
@@ -136,6 +137,9 @@ class DockerDriver(Driver):
 
     async def create(self, spec: InstanceSpec, report: Report) -> Made:
         return await self._desktops.create(spec, report)
+
+    async def adopt(self, instance_id: str, report: Report) -> Made | None:
+        return await self._desktops.adopt(instance_id, report)
 
     def next_path(self) -> ResetPath:
         return self._desktops.next_path()

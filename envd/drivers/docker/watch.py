@@ -63,6 +63,11 @@ class Life:
     removed: bool = False
     """By somebody else."""
 
+    @property
+    def is_alive(self) -> bool:
+        """As far as was heard."""
+        return self.death is None and not self.concluding
+
     async def ended(self) -> Death:
         await self.over.wait()
         assert self.death is not None

@@ -59,7 +59,8 @@ _LITTER = "litter"
 
 
 class LocalDriver(Driver):
-    """Desktops of one daemon, under `state_dir/local`. A state directory has one daemon, so all there are ours."""
+    """Desktops of one daemon, under `state_dir/local`. A state directory has one daemon, so all there are ours. They
+    end with the daemon, so there are none to adopt."""
 
     name: ClassVar[str] = "local"
     traits: Traits = Traits(

@@ -23,7 +23,8 @@ logger = structlog.get_logger(__name__)
 
 
 class QemuDriver(Driver):
-    """Desktops of one daemon, under `state_dir/qemu`. A state directory has one daemon, so all there are ours."""
+    """Desktops of one daemon, under `state_dir/qemu`. A state directory has one daemon, so all there are ours. They end
+    with the daemon (`cell.py`), so there are none to adopt."""
 
     name: ClassVar[str] = "qemu"
 
