@@ -26,10 +26,12 @@ class KeptReset(Model):
 
 
 class KeptDesktop(Model):
-    """A desktop and what it was last for. Put before the driver is asked for an instance of its id."""
+    """A desktop, and what it was made for and of. Put before the driver is asked for an instance of its id."""
 
     desktop: Desktop
     job_id: str = ""
+    screen: tuple[int, int] = (0, 0)
+    image: str = ""
 
 
 class KeptPlay(Model):

@@ -124,11 +124,13 @@ class Service:
 
         def goes_on(kept: KeptDesktop) -> bool:
             desktop = kept.desktop
+            # A clean one must be what this life would make.
+            same = (kept.screen, kept.image) == (self.settings.screen, self.driver.image)
             match desktop.state:
                 case DesktopState.BOOTING:
-                    return desktop.id in booting
+                    return same and desktop.id in booting
                 case DesktopState.READY:
-                    return desktop.env is None and desktop.endpoints is not None
+                    return same and desktop.env is None and desktop.endpoints is not None
                 case DesktopState.IN_USE:
                     return desktop.id in playing and desktop.endpoints is not None
             return False

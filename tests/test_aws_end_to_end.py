@@ -1,6 +1,6 @@
 """The whole way with EC2: a real daemon, moto's server, and sim desktops that are its instances. Nothing stays.
 
-And a daemon that dies by `kill -9` wherever that could lose an instance: its next life ends what there is.
+And a daemon that dies by `kill -9` wherever that could lose an instance: its next life takes it over, or ends it.
 """
 
 from __future__ import annotations
@@ -200,40 +200,61 @@ POINTS = [
 
 
 @pytest.mark.parametrize("point", POINTS)
-async def test_a_killed_daemon_leaves_no_instance_to_its_next_life(
-    point: Point, aws: FaultyAccount, tmp_path: Path
-) -> None:
+async def test_a_killed_daemon_loses_no_instance_and_no_job(point: Point, aws: FaultyAccount, tmp_path: Path) -> None:
+    """What it left is taken over or ended, and its job goes on: to one instance, the env's, and one schedule."""
     prelude, env = QUICKLY.format(grace=1), environment_in(aws)
     async with daemon(tmp_path / "state", prelude=prelude, env=env) as (first, http):
         held = await point.reach(aws, first, http)
         first.signal(SIGKILL)
         assert await first.ended() == -SIGKILL
         held.drop()
-    left, scheduled = alive(aws), schedules(aws)
-    assert len(left) == point.instances
+    assert len(alive(aws)) == point.instances
     async with daemon(tmp_path / "state", prelude=prelude, env=env) as (second, http):
-        await until(lambda: not set(alive(aws)) & set(left))
-        await until(lambda: not schedules(aws).keys() & scheduled.keys())
+        async with http.get(f"{second.url}/v1/jobs") as answer:
+            jobs = (await answer.json())["jobs"]
+        assert len(jobs) == point.resets + 1
+        assert (await ended_job(http, second.url, jobs[0]["id"]))["state"] == "succeeded"
+        await until(lambda: len(alive(aws)) == 1)
+        await until(lambda: len(schedules(aws)) == 1)
         second.signal(SIGTERM)
-        await second.ended(60)
+        assert await second.ended(60) == 0
     assert (alive(aws), schedules(aws)) == ([], {})
 
 
-async def test_a_daemon_killed_while_its_instance_is_pending_leaves_it_to_its_next_life(
+async def test_an_instance_that_was_pending_when_its_daemon_was_killed_is_the_next_lifes(
     aws: FaultyAccount, tmp_path: Path
 ) -> None:
     prelude, env = QUICKLY.format(grace=1), environment_in(aws)
     aws.faults.pending_s = 3600
     async with daemon(tmp_path / "state", prelude=prelude, env=env) as (first, http):
-        await reset(http, first.url)
+        job = await reset(http, first.url)
         await until(lambda: schedules(aws))
         seen = aws.count("ec2:DescribeInstances")
         await until(lambda: aws.count("ec2:DescribeInstances") > seen + 2)
         first.signal(SIGKILL)
         await first.ended()
-    assert len(alive(aws)) == 1
+    [pending] = alive(aws)
     async with daemon(tmp_path / "state", prelude=prelude, env=env) as (second, http):
-        assert alive(aws) == []
+        assert alive(aws) == [pending]
+        aws.faults.pending_s = 0.0
+        assert (await ended_job(http, second.url, job["id"]))["state"] == "succeeded"
+        assert alive(aws) == [pending]
         second.signal(SIGTERM)
         await second.ended(60)
-    assert schedules(aws) == {}
+    assert (alive(aws), schedules(aws)) == ([], {})
+
+
+async def test_an_episode_on_ec2_goes_on_after_a_kill(aws: FaultyAccount, tmp_path: Path) -> None:
+    prelude, env = QUICKLY.format(grace=1), environment_in(aws)
+    async with daemon(tmp_path / "state", prelude=prelude, env=env) as (first, http):
+        await played(http, first.url)
+        first.signal(SIGKILL)
+        await first.ended()
+    before = alive(aws)
+    async with daemon(tmp_path / "state", prelude=prelude, env=env) as (second, http):
+        async with http.post(f"{second.url}/v1/envs/0/step", json=CLICK) as answer:
+            assert (answer.status, (await answer.json())["actions"][0]["outcome"]) == (200, "ok")
+        assert alive(aws) == before
+        second.signal(SIGTERM)
+        await second.ended(60)
+    assert (alive(aws), schedules(aws)) == ([], {})

@@ -122,9 +122,9 @@ async def terminate_the_instance(_: Driver, __: str, endpoints: Endpoints) -> st
 DRIVERS = [
     pytest.param(Provider("sim", stop_the_sim), id="sim"),
     pytest.param(Provider("sim", stop_the_hosted_sim, adopts=True, sim="outlive,linger=10"), id="sim outlive"),
-    pytest.param(Provider("aws", terminate_the_instance, cloud=True), id="aws"),
+    pytest.param(Provider("aws", terminate_the_instance, cloud=True, adopts=True), id="aws"),
     pytest.param(Provider("local", kill_the_x_server), id="local", marks=pytest.mark.local),
-    pytest.param(Provider("docker", kill_the_containers_x_server), id="docker", marks=pytest.mark.docker),
+    pytest.param(Provider("docker", kill_the_containers_x_server, adopts=True), id="docker", marks=pytest.mark.docker),
     pytest.param(
         Provider("qemu", kill_the_machine, virtual=True),
         id="qemu",

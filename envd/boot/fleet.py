@@ -61,8 +61,8 @@ RESTORED_LIMIT = 120.0
 @dataclass
 class _Entry:
     desktop: Desktop
-    job_id: str = ""
-    """Of the job that it was booted for."""
+    made: KeptDesktop | None = None
+    """What it was made for and of."""
     gone: anyio.Event = field(default_factory=anyio.Event)
     lost: anyio.Event = field(default_factory=anyio.Event)
     monitor: anyio.CancelScope = field(default_factory=anyio.CancelScope)
@@ -210,7 +210,10 @@ class Fleet:
             state=DesktopState.BOOTING,
             created_at=time.time(),
         )
-        entry = self._entries[desktop.id] = _Entry(desktop, watcher.job_id)
+        made = KeptDesktop(
+            desktop=desktop, job_id=watcher.job_id, screen=self._settings.screen, image=self.driver.image
+        )
+        entry = self._entries[desktop.id] = _Entry(desktop, made)
         return await self._brought_up(entry, watcher, lambda account: self._make(desktop, watcher, account, old), old)
 
     async def resume(self, desktop_id: str, watcher: BootWatcher) -> Desktop:
@@ -459,8 +462,9 @@ class Fleet:
     def _set(self, entry: _Entry, **changes: object) -> Desktop:
         """The one place where a desktop changes in a way that the next life of the daemon must know."""
         entry.desktop = entry.desktop.model_copy(update=changes)
-        if not self._leaving:
-            self._store.put(Kind.DESKTOPS, entry.desktop.id, KeptDesktop(desktop=entry.desktop, job_id=entry.job_id))
+        if not self._leaving and entry.made is not None:
+            kept = entry.made.model_copy(update={"desktop": entry.desktop})
+            self._store.put(Kind.DESKTOPS, entry.desktop.id, kept)
         return entry.desktop
 
     # -- watching -----------------------------------------------------------------------------------------------
@@ -633,7 +637,7 @@ class Fleet:
         for desktop_id in sorted(found):
             record = kept.get(desktop_id)
             if record is not None and self.goes_on(record):
-                entry = self._entries[desktop_id] = _Entry(record.desktop, record.job_id)
+                entry = self._entries[desktop_id] = _Entry(record.desktop, record)
                 if record.desktop.state is not DesktopState.BOOTING:
                     taken.append(entry)
             else:
