@@ -17,7 +17,7 @@ from starlette.routing import BaseRoute, Route
 from .. import __version__
 from ..errors import Problem, StartError, error_classes
 from ..models import Env, Event, Job, ResetRequest, StepRequest, StepResult, Verdict
-from . import legacy, v1
+from . import legacy, through, v1
 from .sse import EventStream
 
 MODELS: tuple[type[BaseModel], ...] = (
@@ -56,8 +56,11 @@ QUERIES: dict[str, tuple[tuple[str, str], ...]] = {
     "/v1/jobs": (("env", "integer"), ("state", "string")),
     "/v1/jobs/{job}/events": (("last_event_id", "string"),),
     "/v1/events": (("last_event_id", "string"),),
+    "/v1/envs/{env}/files": (("path", "string"),),
     "/env/history_messages": (("slot_id", "integer"),),
 }
+BYTES = {"/v1/envs/{env}/files": "application/octet-stream", "/v1/envs/{env}/vnc/{path}": "*/*"}
+"""Paths whose answers are whatever the desktop has there."""
 
 
 @cache
@@ -66,10 +69,11 @@ def openapi_document() -> dict[str, Any]:
         [(model, "validation") for model in MODELS], ref_template="#/components/schemas/{model}"
     )
     paths: dict[str, dict[str, Any]] = {}
-    for route in (*legacy.routes, *v1.routes, *routes):
-        assert isinstance(route, Route)
+    for route in (*legacy.routes, *v1.routes, *through.routes, *routes):
+        if not isinstance(route, Route):
+            continue  # OpenAPI knows no websockets; each of ours has a path that is there for requests too
         methods = sorted((route.methods or set()) - {"HEAD"})
-        paths[route.path] = {method.lower(): _operation(route, method) for method in methods}
+        paths[route.path_format] = {method.lower(): _operation(route, method) for method in methods}
     return {
         "openapi": "3.1.0",
         "info": {"title": "envd", "version": __version__, "description": "Desktops for agent trainers."},
@@ -79,7 +83,7 @@ def openapi_document() -> dict[str, Any]:
 
 
 def _operation(route: Route, method: str) -> dict[str, Any]:
-    path = route.path
+    path = route.path_format
     stream = isinstance(route.endpoint, EventStream)
     summary = "Server-sent events: a snapshot, then each change." if stream else (route.endpoint.__doc__ or "").strip()
     operation: dict[str, Any] = {"summary": " ".join(summary.split()), "parameters": _parameters(path, method)}
@@ -90,6 +94,8 @@ def _operation(route: Route, method: str) -> dict[str, Any]:
         content: dict[str, Any] = {"text/event-stream": {}}
     elif path.endswith("/screenshot"):
         content = {"image/png": {}}
+    elif path in BYTES:
+        content = {BYTES[path]: {}}
     elif path.endswith("/bundle"):
         content = {"application/x-tar": {}}
     elif path in ("/docs", "/errors"):
@@ -106,10 +112,10 @@ def _operation(route: Route, method: str) -> dict[str, Any]:
 def _parameters(path: str, method: str) -> list[dict[str, Any]]:
     in_path = [
         {"name": name, "in": "path", "required": True, "schema": {"type": kind}}
-        for name, kind in (("env", "integer"), ("job", "string"), ("episode", "string"))
+        for name, kind in (("env", "integer"), ("job", "string"), ("episode", "string"), ("path", "string"))
         if f"{{{name}}}" in path
     ]
-    queries = QUERIES.get(path, ()) if method == "GET" else ()
+    queries = QUERIES.get(path, ()) if method in ("GET", "PUT") else ()
     return [*in_path, *({"name": name, "in": "query", "schema": {"type": kind}} for name, kind in queries)]
 
 

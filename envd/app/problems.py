@@ -46,6 +46,16 @@ def problem_response(error: EnvdError, instance: str, headers: Mapping[str, str]
     )
 
 
+async def refuse(
+    error: EnvdError, scope: Scope, receive: Receive, send: Send, headers: Mapping[str, str] | None = None
+) -> None:
+    """Answer a request, or a websocket that was not accepted yet, with a problem."""
+    if scope["type"] == "websocket" and "websocket.http.response" not in scope.get("extensions", {}):
+        await send({"type": "websocket.close", "code": 1008, "reason": error.detail[:100]})
+        return
+    await problem_response(error, scope["path"], headers)(scope, receive, send)
+
+
 class Boundary:
     """Outermost: gives each request an id, logs it once when it is answered, and turns what nobody caught into a
     500."""
