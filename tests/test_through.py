@@ -4,20 +4,25 @@ does."""
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import hashlib
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
 from aiohttp import WSMsgType, WSServerHandshakeError
+from daemon_process import daemon
 from serving import Served, eventually, raw_connection, serving
 
 from envd.app import through
+from envd.drivers.base import Death
 from envd.drivers.sim import Behaviour, Fault
 from envd.guest import upstream
 from envd.models import Endpoints
@@ -118,7 +123,7 @@ async def test_without_a_desktop_there_is_nothing_to_see() -> None:
         assert await code(served, "GET", VNC.replace("0", "7")) == (404, "unknown_env")
         assert await refused(served, VNC + "websockify") == 409
     async with playing() as served:
-        served.desktop().close_soon = asyncio.create_task(served.desktop().close())  # type: ignore[attr-defined]
+        served.desktop().die(Death("power"))
         await eventually(lambda: served.service.env(0).state == "lost")
         assert await code(served, "GET", VNC) == (503, "desktop_lost")
 
@@ -180,25 +185,22 @@ async def test_a_reset_ends_what_was_open_on_the_old_desktop(keeps: bool) -> Non
             assert await again.receive_bytes() == GREETING
 
 
-async def test_a_desktop_that_is_kept_for_a_while_is_not_looked_at_after_its_reset() -> None:
-    async with playing() as served, socket(served, VNC + "websockify") as viewer:
+async def test_a_desktop_that_is_kept_until_there_is_another_is_not_looked_at_meanwhile() -> None:
+    async with playing(Behaviour(vnc=True, create_s=1.0)) as served, socket(served, VNC + "websockify") as viewer:
+        served.sim.traits = replace(served.sim.traits, keeps_old=True)
         assert await viewer.receive_bytes() == GREETING
-        job = served.service.queue.submit(0, _reset_to("t-2"))
-        served.service.envs.vacate(0, job)
+        old = served.desktop()
+        _, job = await served.post("/v1/envs/0/reset", {"task": {"id": "t-2"}})
         await ends_going_away(viewer)
-
-
-def _reset_to(task: str) -> Any:
-    from envd.boot.queue import Reset
-    from envd.tasks.schema import parse
-
-    return Reset(task=parse({"id": task}))
+        assert not old.gone.is_set()
+        assert await code(served, "GET", VNC) == (409, "env_busy")
+        await served.ended(job["id"])
 
 
 async def test_a_desktop_that_dies_ends_what_was_open() -> None:
     async with playing() as served, socket(served, VNC + "websockify") as viewer:
         assert await viewer.receive_bytes() == GREETING
-        await served.desktop().close()
+        served.desktop().die(Death("power"))
         message = await viewer.receive()
         assert message.type is WSMsgType.CLOSE
         assert message.data in (1001, 1011)  # whichever of the port and the driver is noticed first
@@ -479,9 +481,14 @@ Answer = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 async def evil(served: Served, answer: Answer, *ports: str) -> AsyncIterator[list[bytes]]:
     """In the place of those ports of the desktop a server that answers each request so; the heads that it was sent."""
     heads: list[bytes] = []
+    serving: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError):
+        task = asyncio.current_task()
+        assert task is not None
+        serving.add(task)
+        task.add_done_callback(serving.discard)
+        with contextlib.suppress(ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
             heads.append(await reader.readuntil(b"\r\n\r\n"))
             await answer(reader, writer)
         writer.close()
@@ -500,6 +507,9 @@ async def evil(served: Served, answer: Answer, *ports: str) -> AsyncIterator[lis
     finally:
         entry.desktop = entry.desktop.model_copy(update={"endpoints": at})
         server.close()
+        for task in tuple(serving):
+            task.cancel()
+        await asyncio.gather(*serving)
 
 
 def says(*parts: bytes) -> Answer:
@@ -544,7 +554,8 @@ async def test_what_a_guest_may_not_answer_is_a_problem_of_its_gateway(answer: b
 
 async def test_headers_of_a_guest_stay_with_it_and_those_of_a_caller_with_us() -> None:
     bad = (
-        b"Set-Cookie: envd-link=x; Path=/\r\nAccess-Control-Allow-Origin: *\r\nContent-Security-Policy: default-src *\r\n"
+        b"Set-Cookie: envd-link=x; Path=/\r\nAccess-Control-Allow-Origin: *\r\n"
+        b"Content-Security-Policy: default-src *\r\n"
         b"X-Frame-Options: ALLOWALL\r\nService-Worker-Allowed: /\r\nLink: </x>; rel=preload\r\nRefresh: 0;url=/docs\r\n"
         b"Clear-Site-Data: *\r\nStrict-Transport-Security: max-age=1\r\nConnection: X-Secret\r\nX-Secret: y\r\n"
         b"Cache-Control: max-age=99999, immutable\r\nAlt-Svc: h3\r\nContent-Length: 2\r\n\r\nok"
@@ -606,9 +617,9 @@ async def test_an_endless_body_is_cut_at_its_limit(monkeypatch: pytest.MonkeyPat
             sent += 65536
 
     async with playing() as served, evil(served, endless):
-        with pytest.raises(aiohttp.ClientPayloadError):
-            async with served.http.get(served.url + VNC + "vnc.html") as answer:
-                assert answer.status == 200
+        async with served.http.get(served.url + VNC + "vnc.html") as answer:
+            assert answer.status == 200
+            with pytest.raises(aiohttp.ClientPayloadError):
                 await answer.read()
         assert sent < 20_000_000
 
@@ -667,8 +678,6 @@ UPGRADE = b"HTTP/1.1 101 Switching\r\nUpgrade: websocket\r\nConnection: Upgrade\
 
 def talks(*frames: bytes, more: bytes = b"") -> Answer:
     """Opens a websocket as it should be, and sends these bytes on it."""
-    import base64
-    import hashlib
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         key = re.search(rb"Sec-WebSocket-Key: (\S+)", heads_of[0][-1], re.I)
@@ -754,7 +763,7 @@ async def test_what_is_no_websocket_is_a_problem_of_its_gateway(answer: bytes) -
 async def test_a_protocol_that_nobody_offered_is_not_chosen() -> None:
     async with playing() as served, evil(served, talks(more=b"Sec-WebSocket-Protocol: other\r\n")) as heads:
         heads_of[:] = [heads]
-        async with socket(served, VNC + "websockify", protocols=("binary", "b\x0bad"[:1])) as viewer:
+        async with socket(served, VNC + "websockify", protocols=("binary", "b")) as viewer:
             assert viewer.protocol is None
 
 
@@ -763,3 +772,139 @@ async def test_a_guest_that_faults_in_its_pages_leaves_the_desktop_playing() -> 
         assert (await code(served, "GET", VNC + "vnc.html"))[0] in (502, 503)
         assert (await served.ask("GET", VNC + "vnc.html"))[0] == 200
         assert served.service.env(0).state == "playing"
+
+
+# -- the real ones ------------------------------------------------------------------------------------------------
+
+
+LOCAL = {"PROVIDER": "local"}
+DOCKER = {"PROVIDER": "docker", "ENVD_DOCKER_IMAGE": "envd/desktop"}
+
+
+@asynccontextmanager
+async def really_playing(state_dir: Path, env: dict[str, str]) -> AsyncIterator[tuple[str, aiohttp.ClientSession]]:
+    """The address of a daemon process whose env 0 plays, and a client of it that has its token."""
+    env = {"ENVD_TOKEN": TOKEN, **env}
+    async with daemon(state_dir, env=env) as (served, _), aiohttp.ClientSession(headers=GOOD) as http:
+        async with http.post(f"{served.url}/v1/envs/0/reset", json={}) as answer:
+            job = (await answer.json())["id"]
+        async with asyncio.timeout(240):
+            while (found := await _json(http, f"{served.url}/v1/jobs/{job}?after=99999&wait=2"))["state"] not in ENDED:
+                pass
+        assert found["state"] == "succeeded", str(found["error"])
+        yield served.url, http
+
+
+ENDED = ("succeeded", "failed")
+
+
+async def _json(http: aiohttp.ClientSession, url: str, method: str = "GET") -> Any:
+    async with http.request(method, url) as answer:
+        assert answer.status == 200, await answer.text()
+        return await answer.json()
+
+
+@asynccontextmanager
+async def page_of(http: aiohttp.ClientSession, url: str) -> AsyncIterator[Callable[..., Awaitable[Any]]]:
+    """A new page of a real desktop's Chromium, reached through the daemon at `url`: how it is commanded."""
+    page = await _json(http, f"{url}{CDP}json/new?about:blank", "PUT")
+    async with asyncio.timeout(120), http.ws_connect(page["webSocketDebuggerUrl"], max_msg_size=0) as chrome:
+        last = 0
+
+        async def command(method: str, **params: Any) -> Any:
+            nonlocal last
+            last += 1
+            await chrome.send_json({"id": last, "method": method, "params": params})
+            while (answer := await chrome.receive_json()).get("id") != last:
+                pass
+            assert "error" not in answer, answer
+            return answer["result"]
+
+        yield command
+
+
+async def evaluated(command: Callable[..., Awaitable[Any]], expression: str) -> Any:
+    given = {"expression": expression, "returnByValue": True, "awaitPromise": True, "userGesture": True}
+    return (await command("Runtime.evaluate", **given))["result"].get("value")
+
+
+async def until_true(command: Callable[..., Awaitable[Any]], expression: str) -> None:
+    async with asyncio.timeout(60):
+        while not await evaluated(command, expression):  # noqa: ASYNC110 - nothing announces it
+            await asyncio.sleep(0.1)
+
+
+@pytest.mark.local
+async def test_a_real_chromium_opens_a_page_through_the_daemon(tmp_path: Path) -> None:
+    async with really_playing(tmp_path / "state", LOCAL) as (url, http):
+        version = await _json(http, f"{url}{CDP}json/version/")
+        assert version["webSocketDebuggerUrl"].startswith(f"ws{url.removeprefix('http')}{CDP}devtools/browser/")
+        async with page_of(http, url) as command:
+            await command("Page.navigate", url="data:text/html,<title>through</title><p>here</p>")
+            await until_true(command, "document.title === 'through'")
+            picture = await command("Page.captureScreenshot")
+            assert base64.b64decode(picture["data"]).startswith(b"\x89PNG")
+            assert "through" in [one["title"] for one in await _json(http, f"{url}{CDP}json/list")]
+        content = bytes(range(256)) * 8192
+        there = f"{url}{FILES}?path=/home/user/through.bin"
+        async with http.put(there, data=content) as answer:
+            assert (answer.status, (await answer.json())["bytes"]) == (200, len(content))
+        async with http.get(there) as answer:
+            assert (answer.status, await answer.read()) == (200, content)
+        async with http.get(f"{url}{FILES}?path=/home/user/nothing") as answer:
+            assert answer.status == 404
+
+
+@pytest.mark.docker
+async def test_a_container_s_own_novnc_shows_its_screen_through_the_daemon(tmp_path: Path) -> None:
+    async with really_playing(tmp_path / "state", DOCKER) as (url, http):
+        async with http.get(f"{url}{VNC}vnc.html") as answer:
+            assert (answer.status, answer.headers["Content-Type"]) == (200, "text/html; charset=utf-8")
+            assert b"noVNC" in await answer.read()
+        for _ in range(2):
+            async with asyncio.timeout(60), http.ws_connect(f"{url}{VNC}websockify", protocols=("binary",)) as viewer:
+                assert await viewer.receive_bytes() == GREETING
+                await viewer.send_bytes(GREETING)
+                kinds = await viewer.receive_bytes()
+                assert kinds[0] == len(kinds) - 1 > 0  # how many ways to sign in there are, and which
+        content = bytes(range(256)) * 8192
+        there = f"{url}{FILES}?path=/home/user/through.bin"
+        async with http.put(there, data=content) as answer:
+            assert answer.status == 200
+        async with http.get(there) as answer:
+            assert (answer.status, await answer.read()) == (200, content)
+
+
+@pytest.mark.docker
+@pytest.mark.local
+@pytest.mark.parametrize("known", [True, False], ids=["by a link", "where no token is needed"])
+async def test_a_browser_shows_a_container_s_screen_and_its_pages_reach_nothing_else(
+    tmp_path: Path, known: bool
+) -> None:
+    """The browser is a local desktop's, on this host's network."""
+    async with (
+        really_playing(tmp_path / "seen", DOCKER if known else {**DOCKER, "ENVD_TOKEN": ""}) as (url, http),
+        really_playing(tmp_path / "sees", LOCAL) as (other, others),
+        page_of(others, other) as command,
+    ):
+        opened = VNC
+        if known:
+            async with http.post(f"{url}/v1/links", json={"path": VNC}) as answer:
+                opened = (await answer.json())["path"]
+        await command("Page.navigate", url=url + opened)
+        await until_true(command, "document.documentElement.classList.contains('noVNC_connected')")
+        await until_true(command, "!!document.querySelector('canvas') && document.querySelector('canvas').width > 300")
+        assert "signature" not in await evaluated(command, "location.href + document.referrer + document.cookie")
+        entries = await evaluated(command, "navigation.entries().map(one => one.url).join(' ')")
+        assert "signature" not in entries
+        refused = "async () => false"
+        reached = f"fetch('/v1/envs').then(async () => true, {refused})"
+        assert await evaluated(command, reached) is False
+        assert await evaluated(command, f"fetch('{VNC}vnc.html').then(async () => true, {refused})") is True
+        assert await evaluated(command, "window.open('/docs') === null") is True
+        frame = "(() => { const f = document.createElement('iframe'); f.src = '/docs'; document.body.append(f);"
+        frame += " return new Promise(r => { f.onload = () => { let n = 0; try { n = f.contentDocument.links.length }"
+        frame += " catch {} r(n) } }) })()"
+        assert await evaluated(command, frame) == 0
+        worker = "navigator.serviceWorker ? navigator.serviceWorker.register('core/rfb.js')"
+        assert await evaluated(command, f"{worker}.then(() => true, () => false) : false") is False

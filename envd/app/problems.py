@@ -53,7 +53,9 @@ async def refuse(
     if scope["type"] == "websocket" and "websocket.http.response" not in scope.get("extensions", {}):
         await send({"type": "websocket.close", "code": 1008, "reason": error.detail[:100]})
         return
-    await problem_response(error, scope["path"], headers)(scope, receive, send)
+    # After one of these hypercorn 0.18 closes the connection, so nobody is to send another request on it.
+    closing = {"Connection": "close"} if scope["type"] == "websocket" else {}
+    await problem_response(error, scope["path"], {**(headers or {}), **closing})(scope, receive, send)
 
 
 class Boundary:

@@ -51,7 +51,7 @@ from ..guest.client import parse_json
 from ..models import Desktop
 from ..service import Service
 from .bodies import env_of, service_of
-from .gate import LINK
+from .gate import LINK, SAFE
 from .problems import refuse
 
 logger = structlog.get_logger(__name__)
@@ -421,8 +421,9 @@ def _safe(path: str) -> str:
 
 def _query(scope: Scope) -> str:
     """As it came, without the signature of a link: the guest is not to know that."""
-    parts = scope["query_string"].decode("ascii", "replace").split("&")
-    left = "&".join(part for part in parts if unquote_plus(part.partition("=")[0]) != LINK)
+    left = scope["query_string"].decode("ascii", "replace")
+    if scope.get("method", "GET") in SAFE:  # where there may be one
+        left = "&".join(part for part in left.split("&") if unquote_plus(part.partition("=")[0]) != LINK)
     return f"?{left}" if left else ""
 
 
