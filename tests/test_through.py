@@ -7,6 +7,7 @@ import asyncio
 import base64
 import contextlib
 import hashlib
+import io
 import re
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -16,9 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import anyio
 import pytest
 from aiohttp import WSMsgType, WSServerHandshakeError
-from daemon_process import daemon
+from daemon_process import daemon, ended_job, reset
 from serving import Served, eventually, raw_connection, serving
 
 from envd.app import through
@@ -26,6 +28,8 @@ from envd.drivers.base import Death
 from envd.drivers.sim import Behaviour, Fault
 from envd.guest import upstream
 from envd.models import Endpoints
+from envd.settings import load
+from envd.tasks.grading import find_interpreter
 
 TOKEN, READER, PLAYER = "a-token-of-the-owner", "a-token-of-somebody", "a-token-of-a-player"
 GOOD = {"Authorization": f"Bearer {TOKEN}"}
@@ -223,6 +227,20 @@ async def test_streams_are_counted_and_bounded() -> None:
 
 
 # -- for whom -----------------------------------------------------------------------------------------------------
+
+
+async def test_a_daemon_that_is_told_to_end_does_so_with_screens_open(tmp_path: Path, python: Path) -> None:
+    async with daemon(tmp_path / "state", python=python, env={"ENVD_SIM": "vnc=1"}) as (process, http):
+        await ended_job(http, process.url, (await reset(http, process.url))["id"])
+        async with (
+            asyncio.timeout(20),
+            http.ws_connect(f"{process.url}{VNC}websockify") as viewer,
+            http.ws_connect(f"{process.url}{VNC}websockify", autoclose=False) as deaf,
+        ):
+            assert (await viewer.receive_bytes(), await deaf.receive_bytes()) == (GREETING, GREETING)
+            process.signal()
+            await ends_going_away(viewer)
+            assert await process.ended() == 0
 
 
 @pytest.fixture
@@ -829,9 +847,15 @@ async def evaluated(command: Callable[..., Awaitable[Any]], expression: str) -> 
 
 
 async def until_true(command: Callable[..., Awaitable[Any]], expression: str) -> None:
-    async with asyncio.timeout(60):
-        while not await evaluated(command, expression):  # noqa: ASYNC110 - nothing announces it
-            await asyncio.sleep(0.1)
+    """Return once it is so on the page; fails with what the page shows."""
+    end = time.monotonic() + 60
+    while not await evaluated(command, expression):
+        assert time.monotonic() < end, await evaluated(command, SHOWN)
+        await asyncio.sleep(0.1)
+
+
+SHOWN = """[location.href, document.documentElement.className, document.body.innerText.slice(0, 500),
+    ...performance.getEntriesByType('resource').map(one => `${one.name} ${one.responseStatus}`)].join('\\n')"""
 
 
 @pytest.mark.local
@@ -847,12 +871,38 @@ async def test_a_real_chromium_opens_a_page_through_the_daemon(tmp_path: Path) -
             assert "through" in [one["title"] for one in await _json(http, f"{url}{CDP}json/list")]
         content = bytes(range(256)) * 8192
         there = f"{url}{FILES}?path=/home/user/through.bin"
-        async with http.put(there, data=content) as answer:
+        async with http.put(there, data=io.BytesIO(content)) as answer:
             assert (answer.status, (await answer.json())["bytes"]) == (200, len(content))
         async with http.get(there) as answer:
             assert (answer.status, await answer.read()) == (200, content)
         async with http.get(f"{url}{FILES}?path=/home/user/nothing") as answer:
             assert answer.status == 404
+
+
+PLAYWRIGHT = """
+import sys
+from playwright.sync_api import sync_playwright
+
+with sync_playwright() as playwright:
+    browser = playwright.chromium.connect_over_cdp(sys.argv[1], headers={"Authorization": sys.argv[2]})
+    page = browser.contexts[0].new_page()
+    page.goto("data:text/html,<title>played</title>")
+    print(page.title())
+    page.close()
+    browser.close()
+"""
+
+
+@pytest.mark.local
+async def test_playwright_connects_through_the_daemon(tmp_path: Path) -> None:
+    python = await anyio.to_thread.run_sync(find_interpreter, load({}, env_file=None))
+    if python is None:
+        pytest.skip("Playwright comes with the evaluators; run: make evaluators")
+    async with really_playing(tmp_path / "state", LOCAL) as (url, _):
+        given = [python, "-c", PLAYWRIGHT, url + CDP.rstrip("/"), GOOD["Authorization"]]
+        async with asyncio.timeout(60):
+            ran = await anyio.run_process(given, check=False)
+    assert (ran.returncode, ran.stdout) == (0, b"played\n"), ran.stderr.decode()[-2000:]
 
 
 @pytest.mark.docker
@@ -869,7 +919,7 @@ async def test_a_container_s_own_novnc_shows_its_screen_through_the_daemon(tmp_p
                 assert kinds[0] == len(kinds) - 1 > 0  # how many ways to sign in there are, and which
         content = bytes(range(256)) * 8192
         there = f"{url}{FILES}?path=/home/user/through.bin"
-        async with http.put(there, data=content) as answer:
+        async with http.put(there, data=io.BytesIO(content)) as answer:
             assert answer.status == 200
         async with http.get(there) as answer:
             assert (answer.status, await answer.read()) == (200, content)

@@ -25,7 +25,8 @@ HEAD_SECONDS = 60.0
 """From the request until the head of the answer is there."""
 IDLE_SECONDS = 30.0
 """In which a guest that is sending must send `PIECE` bytes, or the rest."""
-CLOSE_SECONDS = 1.0
+CLOSE_SECONDS = 0.5
+"""For saying goodbye to a guest; whoever waits for its end has a second."""
 PIECE = 64 * 1024
 LONGEST_HEAD = 32 * 1024
 """Bytes of all headers of an answer; a single one, and how many there may be, aiohttp bounds."""
