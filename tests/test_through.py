@@ -667,7 +667,7 @@ async def test_a_guest_sends_no_faster_than_its_reader_reads() -> None:
         await eventually(lambda: served.service.streams == 0)
 
 
-async def test_what_chrome_answers_is_no_page_and_leads_nowhere_else() -> None:
+async def test_what_chrome_answers_is_no_page_and_leads_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
     targets = (
         b'[{"id": "1", "webSocketDebuggerUrl": "ws://evil.example/devtools/page/1", "devtoolsFrontendUrl": "http://e/"},'
         b'{"id": "2", "webSocketDebuggerUrl": "ws://127.0.0.1/../../v1/drain"},'
@@ -686,9 +686,15 @@ async def test_what_chrome_answers_is_no_page_and_leads_nowhere_else() -> None:
             "devtoolsFrontendUrl": f"devtools://devtools/bundled/inspector.html?ws={host}{CDP}devtools/page/1",
         }
         assert b"\r\nHost: localhost\r\n" in heads[0]
-        async with evil(served, says(OK + b"Content-Length: 20\r\n\r\n<script>1</script>\r\n"), "cdp"):
-            status, told, headers = await served.ask("GET", CDP + "json/list")
-        assert headers["Content-Type"] == "text/plain; charset=utf-8"
+        for odd in (b"<script>1</script>", b'[{"a": NaN}]', b"[" * 900 + b"]" * 900, b"[" * 100_000):
+            async with evil(served, says(OK + b"Content-Length: %d\r\n\r\n" % len(odd) + odd), "cdp"):
+                status, told, headers = await served.ask("GET", CDP + "json/list")
+            assert status == 200
+            assert headers["Content-Type"] in ("text/plain; charset=utf-8", "application/json")
+            assert headers["Content-Security-Policy"] == "sandbox; default-src 'none'"
+        monkeypatch.setattr(through, "JSON_LIMIT", 1000)
+        async with evil(served, says(OK + b"Content-Length: 2000\r\n\r\n" + bytes(2000)), "cdp"):
+            assert await code(served, "GET", CDP + "json/list") == (502, "guest_misbehaved")
 
 
 UPGRADE = b"HTTP/1.1 101 Switching\r\nUpgrade: websocket\r\nConnection: Upgrade\r\nSec-WebSocket-Accept: "
@@ -899,7 +905,7 @@ async def test_playwright_connects_through_the_daemon(tmp_path: Path) -> None:
     if python is None:
         pytest.skip("Playwright comes with the evaluators; run: make evaluators")
     async with really_playing(tmp_path / "state", LOCAL) as (url, _):
-        given = [python, "-c", PLAYWRIGHT, url + CDP.rstrip("/"), GOOD["Authorization"]]
+        given = [str(python), "-c", PLAYWRIGHT, url + CDP.rstrip("/"), GOOD["Authorization"]]
         async with asyncio.timeout(60):
             ran = await anyio.run_process(given, check=False)
     assert (ran.returncode, ran.stdout) == (0, b"played\n"), ran.stderr.decode()[-2000:]

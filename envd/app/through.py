@@ -60,7 +60,7 @@ SEND_LIMIT = 30.0
 """Seconds that a client may leave a piece or a message unread, or a guest a message, before it is cut off."""
 PAGE_LIMIT = 64 * 1024 * 1024
 """Bytes of one file of noVNC."""
-JSON_LIMIT = 8 * 1024 * 1024
+JSON_LIMIT = 4 * 1024 * 1024
 """Bytes of what Chrome tells over HTTP."""
 FILE_LIMIT = 4 * 1024 * 1024 * 1024
 """Bytes of a file of a desktop."""
@@ -209,8 +209,6 @@ class Files(_Endpoint):
                 if response.status != 200:
                     said = (await upstream.whole(response, JSON_LIMIT))[:300].decode(errors="replace")
                     raise upstream.misbehaved(f"The guest answered {response.status} to {path}: {said!r}")
-                if request.scope["method"] == "HEAD":
-                    response.close()
                 await _pass_on(response, headers, FILE_LIMIT, send, body=request.scope["method"] != "HEAD")
 
         await _on_desktop(request, receive, read, lasts=True)
@@ -501,8 +499,8 @@ def _told(body: bytes, status: int, address: str) -> Response:
                 if isinstance(target, dict):
                     _lead_through(target, address)
             return JSONResponse(answer, status, NO_PAGE)
-    except ValueError:
-        pass
+    except (ValueError, RecursionError):
+        pass  # no JSON, or none that can be said again
     return Response(body[:4096].decode(errors="replace"), status, NO_PAGE, media_type="text/plain")
 
 
