@@ -810,16 +810,18 @@ async def really_playing(state_dir: Path, env: dict[str, str]) -> AsyncIterator[
     """The address of a daemon process whose env 0 plays, and a client of it that has its token."""
     env = {"ENVD_TOKEN": TOKEN, **env}
     async with daemon(state_dir, env=env) as (served, _), aiohttp.ClientSession(headers=GOOD) as http:
-        async with http.post(f"{served.url}/v1/envs/0/reset", json={}) as answer:
-            job = (await answer.json())["id"]
-        async with asyncio.timeout(240):
-            while (found := await _json(http, f"{served.url}/v1/jobs/{job}?after=99999&wait=2"))["state"] not in ENDED:
-                pass
-        assert found["state"] == "succeeded", str(found["error"])
-        yield served.url, http
-
-
-ENDED = ("succeeded", "failed")
+        try:
+            async with http.post(f"{served.url}/v1/envs/0/reset", json={}) as answer:
+                job = f"{served.url}/v1/jobs/{(await answer.json())['id']}?wait=20&after="
+            after = 0
+            async with asyncio.timeout(240):
+                while (found := await _json(http, f"{job}{after}"))["ended_at"] is None:
+                    after = found["version"]
+            assert found["state"] == "succeeded", str(found["error"])
+            yield served.url, http
+        finally:
+            served.signal()  # killed, it would leave its containers to its next start
+            assert await served.ended() == 0
 
 
 async def _json(http: aiohttp.ClientSession, url: str, method: str = "GET") -> Any:
