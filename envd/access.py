@@ -24,6 +24,7 @@ import socket
 import stat
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
@@ -42,6 +43,9 @@ LONGEST_LINK = 3600.0
 """Seconds."""
 OURS_ALONE = (".internal", ".local", ".localhost")
 """Ends of names that nobody on the internet can have point here (RFC 6761, RFC 6762; .internal by ICANN)."""
+_LINK = re.compile(
+    r"(?P<ends>[0-9]{1,12})\.(?P<scope>[12])\.(?P<length>[0-9]{1,3})\.(?P<signature>[\w-]{1,64})", re.ASCII
+)
 _LINE = re.compile(r"(?:(?P<name>[\w.@-]{1,64})\s+(?P<scope>read|play|admin)\s+)?(?P<token>\S+)")
 
 
@@ -65,13 +69,15 @@ class Token:
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who makes a request. `name` is the token's, `link`, or the address of somebody who needs none; `how` is one of
-    token, link, network, open. `until` is when a link ends, in Unix seconds."""
+    token, link, cookie, network, open. `until` is when a link ends, in Unix seconds; `below` is its path, if it is
+    good for all that is below that."""
 
     name: str
     scope: Scope
     address: str
     how: str
     until: float | None = None
+    below: str = ""
 
     def require(self, wanted: Scope, what: str) -> None:
         """Raises Forbidden."""
@@ -104,14 +110,35 @@ class Access:
     local: bool = False
     key: bytes = field(default_factory=lambda: secrets.token_bytes(32), repr=False)
 
-    def caller(self, peer: str, authorization: str, forwarded: Sequence[str], link: str, path: str) -> Caller:
-        """Who makes the request. `link` is the signature in its query, if any. Raises Unauthorized."""
+    def caller(
+        self,
+        peer: str,
+        authorization: str,
+        forwarded: Sequence[str],
+        link: str,
+        path: str,
+        cookies: Sequence[str] = (),
+    ) -> Caller:
+        """Who makes the request. `link` is the signature in its query, if any; `cookies` are such that a browser kept
+        of earlier ones, and count for who would not be let in without. Raises Unauthorized."""
         hops = [hop.strip() for value in forwarded for hop in value.split(",")]
         if self.tokens and authorization:
             return self._bearer(authorization, str(self._address_of(peer, hops, strict=False)))
         if link:
-            ends = self._check_link(link, path)
-            return Caller("link", Scope.READ, str(self._address_of(peer, hops, strict=False)), "link", ends)
+            return self._linked(link, path, str(self._address_of(peer, hops, strict=False)), "link")
+        try:
+            return self._nearby(peer, hops)
+        except Unauthorized:
+            for kept in cookies:  # any page of this origin may have planted others
+                with suppress(Unauthorized):
+                    return self._linked(kept, path, str(self._address_of(peer, hops, strict=False)), "cookie")
+            raise
+
+    def believes(self, peer: str) -> bool:
+        """Whether what `peer` forwards it does as a proxy of ours."""
+        return any(_address(peer) in network for network in self.proxies)
+
+    def _nearby(self, peer: str, hops: Sequence[str]) -> Caller:
         address = self._address_of(peer, hops)
         unnamed_proxy = bool(hops) and address == _address(peer)
         if self.open or (self.local and address.is_loopback and not unnamed_proxy):
@@ -150,24 +177,32 @@ class Access:
 
     # -- links --------------------------------------------------------------------------------------------------
 
-    def link(self, path: str, seconds: float, now: float | None = None) -> str:
-        """A signature, for the query, with which anybody may GET `path` for so many seconds, an hour at most."""
+    def link(self, path: str, seconds: float, scope: Scope = Scope.READ, now: float | None = None) -> str:
+        """A signature, for the query, with which anybody may GET `path`, and if that ends in / all that is below it,
+        for so many seconds, an hour at most. `scope` is what the path needs; whoever asks for the link must have it."""
         ends = math.ceil((time.time() if now is None else now) + min(seconds, LONGEST_LINK))
-        return f"{ends}.{self._signature(path, ends)}"
+        return f"{ends}.{scope:d}.{len(path)}.{self._signature(path, ends, scope)}"
 
-    def _check_link(self, link: str, path: str) -> int:
-        """When it ends. Raises Unauthorized."""
-        ends, _, signature = link.partition(".")
-        if not re.fullmatch(r"[0-9]{1,12}", ends) or not hmac.compare_digest(
-            signature.encode(), self._signature(path, int(ends)).encode()
-        ):
+    def _linked(self, link: str, path: str, address: str, how: str) -> Caller:
+        """Who comes by this link. Raises Unauthorized."""
+        parts = _LINK.fullmatch(link)
+        if parts is None:
             raise Unauthorized("The link's signature is not right.", hint="Ask for a new link.")
-        if int(ends) < time.time():
+        ends, scope, length = int(parts["ends"]), Scope(int(parts["scope"])), int(parts["length"])
+        # The link says how much of the path it was made for, so that one signature is worked out and not one for each
+        # folder above.
+        signed = path[:length]
+        right = hmac.compare_digest(parts["signature"].encode(), self._signature(signed, ends, scope).encode())
+        is_above = len(signed) > 1 and signed.endswith("/")
+        if not right or not (is_above or signed == path):
+            raise Unauthorized("The link's signature is not right.", hint="Ask for a new link.")
+        if ends < time.time():
             raise Unauthorized("The link has ended.", hint="Ask for a new link.")
-        return int(ends)
+        return Caller("link", scope, address, how, ends, signed if is_above else "")
 
-    def _signature(self, path: str, ends: int) -> str:
-        signed = hmac.digest(self.key, f"{ends} {path}".encode(), "sha256")
+    def _signature(self, path: str, ends: int, scope: Scope) -> str:
+        # A path may be any text that a request brings: halves of characters too.
+        signed = hmac.digest(self.key, f"{ends} {scope:d} {path}".encode(errors="surrogatepass"), "sha256")
         return base64.urlsafe_b64encode(signed).decode().rstrip("=")
 
     # -- names --------------------------------------------------------------------------------------------------

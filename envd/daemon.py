@@ -272,6 +272,10 @@ def bound(host: str, port: int) -> Iterator[socket.socket]:
     listener = socket.socket(family, kind, proto)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Connections have this of the listener: who looks on at a desktop and is gone without a word is noticed.
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, 60)
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 15)
         try:
             listener.bind(address)
             # Two that bind at the same moment both may; only one of them may listen.

@@ -17,7 +17,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import aiohttp
@@ -149,6 +149,8 @@ class _Slot:
     play: Play | None = None
     frame: Frame | None = None
     busy: bool = False
+    left: anyio.Event = field(default_factory=anyio.Event)
+    """Set when a reset takes the desktop away, which may be kept for a while yet; then a new one."""
 
 
 @dataclass(frozen=True)
@@ -270,6 +272,14 @@ class Envs:
             self._store.put(Kind.PLAYS, judged.episode.id, slot.play.kept(judging=True))
             await self._store.settle()
 
+    async def on_desktop(self, env: int, work: Callable[[Desktop], Awaitable[T]]) -> T:
+        """The result of `work` on the desktop that `env` plays on now, beside whatever else is done there; meanwhile
+        its processors run. Raises NoEpisode, EnvBusy while resetting, and DesktopLost as soon as the desktop dies or
+        a reset takes it away."""
+        slot = self._with_desktop(env)
+        desktop = self._desktop(slot)
+        return await self._while_alive(desktop.id, lambda: work(desktop), left=slot.left)
+
     def context(self, desktop: Desktop, record: Callable[[SetupRecord], None]) -> Context:
         """What steps of a set-up or a post-configuration need to run on `desktop`."""
         return Context(
@@ -289,6 +299,8 @@ class Envs:
         desktop_id = slot.desktop_id
         self._end_episode(slot, EndReason.REPLACED)
         slot.state, slot.detail, slot.desktop_id = EnvState.RESETTING, f"{job.id} is being served", None
+        slot.left.set()
+        slot.left = anyio.Event()
         return desktop_id
 
     async def begin(self, job: Job, reset: Reset, desktop: Desktop, progress: Progress) -> Beginning:
@@ -778,18 +790,22 @@ class Envs:
             self._step_ended.set()
             self._step_ended = anyio.Event()
 
-    async def _while_alive(self, desktop_id: str, work: Callable[[], Awaitable[T]], *, wake: bool = True) -> T:
-        """The result of `work`, or DesktopLost as soon as the desktop dies or is taken away. Meanwhile its processors
-        run, unless `wake` is False."""
+    async def _while_alive(
+        self, desktop_id: str, work: Callable[[], Awaitable[T]], *, wake: bool = True, left: anyio.Event | None = None
+    ) -> T:
+        """The result of `work`, or DesktopLost as soon as the desktop dies or is taken away, or as it is `left`.
+        Meanwhile its processors run, unless `wake` is False."""
         outcome: list[T] = []
         failure: EnvdError | None = None
         async with anyio.create_task_group() as race:
 
-            async def end_with_the_desktop() -> None:
-                await self._fleet.lost(desktop_id)
+            async def end_after(wait: Callable[[], Awaitable[object]]) -> None:
+                await wait()
                 race.cancel_scope.cancel()
 
-            race.start_soon(end_with_the_desktop)
+            race.start_soon(end_after, lambda: self._fleet.lost(desktop_id))
+            if left is not None:
+                race.start_soon(end_after, left.wait)
             try:
                 async with self._fleet.awake(desktop_id) if wake else nullcontext():
                     outcome.append(await work())

@@ -4,8 +4,8 @@
     ├── StartError            the daemon cannot start: bad settings, port taken, second daemon, missing package
     ├── RequestError          the caller must change something            fault: client
     │   └── MalformedJson, InvalidRequest, BodyTooLarge, BodyTooSlow, NotFound, MethodNotAllowed, Unauthorized,
-    │       Forbidden, MisdirectedRequest, TooManyRequests, UnknownEnv, UnknownJob, NoEpisode, EpisodeOver, EnvBusy,
-    │       JobCancelled, JobSuperseded, EvaluationCancelled, KeyReused, StepRepeated, StepGap, Leased
+    │       Forbidden, MisdirectedRequest, TooManyRequests, UnknownEnv, UnknownJob, NoEpisode, NoVnc, EpisodeOver,
+    │       EnvBusy, JobCancelled, JobSuperseded, EvaluationCancelled, KeyReused, StepRepeated, StepGap, Leased
     ├── CapacityError         nobody can be served just now               fault: capacity
     │   └── QueueFull, Draining, StillBooting, JobExpired, TooManyWatchers, DiskLow, DeadlinePassed
     ├── InfraError            a machine or a library failed               fault: infra
@@ -230,6 +230,12 @@ class NoEpisode(RequestError):
     status = 409
 
 
+class NoVnc(RequestError):
+    code = "no_vnc"
+    title = "The desktop's screen is not served over VNC"
+    status = 404
+
+
 class EpisodeOver(RequestError):
     code = "episode_over"
     title = "The episode has ended"
@@ -318,7 +324,7 @@ class JobExpired(CapacityError):
 
 class TooManyWatchers(CapacityError):
     code = "too_many_watchers"
-    title = "Too many event streams are open"
+    title = "Too many streams are open"
 
 
 class DiskLow(CapacityError):

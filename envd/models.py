@@ -397,7 +397,7 @@ class LinkRequest(BaseModel):
     path: str = Field(
         pattern=r"^/([0-9A-Za-z_.~-][0-9A-Za-z_.~/-]*)?$",
         max_length=500,
-        description="What is to be read, without a query.",
+        description="What is to be read, without a query; what ends in / with all that is below it.",
     )
     seconds: float = Field(default=300, gt=0, le=3600, description="How long the link is good.")
 

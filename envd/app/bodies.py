@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import anyio
 from pydantic import BaseModel, ValidationError
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import ClientDisconnect, HTTPConnection, Request
 
 from ..access import Caller
 from ..calls import Sent
@@ -39,7 +39,7 @@ DEEPEST = 100
 """Levels of nesting in a body. What Python's JSON reads it may not be able to write again: both recurse."""
 
 
-def service_of(request: Request) -> Service:
+def service_of(request: HTTPConnection) -> Service:
     service: Service = request.app.state.service
     return service
 
@@ -135,7 +135,7 @@ def invalid(error: ValidationError) -> InvalidRequest:
     return InvalidRequest(f"The body cannot be used: {summary}.", errors=errors)
 
 
-def env_of(request: Request) -> int:
+def env_of(request: HTTPConnection) -> int:
     """The env in the path. Raises UnknownEnv."""
     given = request.path_params["env"]
     if not given.isascii() or not given.isdecimal() or len(given) > 6:

@@ -29,7 +29,7 @@ from ..models import (
     StepResult,
     Verdict,
 )
-from . import legacy, v1
+from . import legacy, through, v1
 from .gate import LINK, SAFE
 from .sse import EventStream
 
@@ -121,6 +121,9 @@ JSON: dict[str, dict[int, Schema]] = {
 """The answers that are JSON, by their status. What is not listed here may be any JSON."""
 OTHER: dict[str, tuple[str, ...]] = {
     "/v1/envs/{env}/screenshot": ("image/png", "image/jpeg"),
+    "/v1/envs/{env}/files": ("application/octet-stream",),
+    "/v1/envs/{env}/vnc/{path}": ("*/*",),
+    "/v1/envs/{env}/cdp/{path}": ("*/*",),
     "/v1/episodes/{episode}/bundle": ("application/x-tar",),
     "/docs": ("text/html",),
     "/errors": ("text/html",),
@@ -140,6 +143,7 @@ PARAMETERS: dict[str, tuple[tuple[str, str, Schema], ...]] = {
     "/v1/jobs": (("query", "env", NOT_NEGATIVE), ("query", "state", {"enum": [state.value for state in JobState]})),
     "/v1/jobs/{job}/events": LAST_EVENT_ID,
     "/v1/events": LAST_EVENT_ID,
+    "/v1/envs/{env}/files": (("query", "path", STRING),),
     "/env/history_messages": (("query", "slot_id", {"type": "integer", "minimum": 0}),),
 }
 """Of GET: where each is, its name and what it may be."""
@@ -159,11 +163,18 @@ OF_CALLS: tuple[tuple[str, str, Schema], ...] = (
     ("header", "Idempotency-Key", {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!#-\\[\\]-~]+$"}),
     ("header", "X-Request-Deadline", {"type": "string", "pattern": "^[0-9]{1,7}([.][0-9]{1,9})?$"}),
 )
-IN_PATH: dict[str, Schema] = {"env": {"type": "integer", "minimum": 0}, "job": STRING, "episode": STRING}
+IN_PATH: dict[str, Schema] = {
+    "env": {"type": "integer", "minimum": 0},
+    "job": STRING,
+    "episode": STRING,
+    "path": STRING,
+}
 SECURITY: dict[str, Schema] = {
     "token": {"type": "http", "scheme": "bearer", "description": "ENVD_TOKEN, or one of ENVD_TOKEN_FILE."},
     "link": {"type": "apiKey", "in": "query", "name": LINK, "description": "As `POST /v1/links` answers it."},
 }
+BYTES = {"/v1/envs/{env}/files": "application/octet-stream", "/v1/envs/{env}/vnc/{path}": "*/*"}
+"""Paths whose answers are whatever the desktop has there."""
 
 
 @cache
@@ -172,10 +183,11 @@ def openapi_document() -> dict[str, Any]:
         [(model, "validation") for model in MODELS], ref_template="#/components/schemas/{model}"
     )
     paths: dict[str, dict[str, Any]] = {}
-    for route in (*legacy.routes, *v1.routes, *routes):
-        assert isinstance(route, Route)
+    for route in (*legacy.routes, *v1.routes, *through.routes, *routes):
+        if not isinstance(route, Route):
+            continue  # OpenAPI knows no websockets; each of ours has a path that is there for requests too
         methods = sorted((route.methods or set()) - {"HEAD"})
-        paths[route.path] = {method.lower(): _operation(route, method) for method in methods}
+        paths[route.path_format] = {method.lower(): _operation(route, method) for method in methods}
     return {
         "openapi": "3.1.0",
         "info": {"title": "envd", "version": __version__, "description": "Desktops for agent trainers."},
@@ -186,7 +198,7 @@ def openapi_document() -> dict[str, Any]:
 
 
 def _operation(route: Route, method: str) -> dict[str, Any]:
-    path = route.path
+    path = route.path_format
     stream = isinstance(route.endpoint, EventStream)
     summary = "Server-sent events: a snapshot, then each change." if stream else (route.endpoint.__doc__ or "").strip()
     operation: dict[str, Any] = {"summary": " ".join(summary.split()), "parameters": _parameters(path, method)}
@@ -224,7 +236,7 @@ def _parameters(path: str, method: str) -> list[dict[str, Any]]:
         for name, schema in IN_PATH.items()
         if f"{{{name}}}" in path
     ]
-    others = PARAMETERS.get(path, ()) if method == "GET" else OF_CALLS if path in CALLS else ()
+    others = PARAMETERS.get(path, ()) if method in ("GET", "PUT") else OF_CALLS if path in CALLS else ()
     return [*in_path, *({"name": name, "in": where, "schema": schema} for where, name, schema in others)]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections import OrderedDict
 from urllib.parse import parse_qs
@@ -14,7 +15,7 @@ from starlette.types import Scope as AsgiScope
 
 from ..access import Access, Caller, Scope
 from ..errors import EnvdError, Forbidden, MisdirectedRequest, TooManyRequests
-from .problems import problem_response
+from .problems import refuse
 
 logger = structlog.get_logger(__name__)
 audit = structlog.get_logger("envd.audit")
@@ -27,8 +28,12 @@ READING_PATHS = frozenset({"/v1/links", "/env/history_messages"})
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 LINK = "signature"
 """Of a link, in its query."""
+COOKIE = "envd-link"
+COOKIES = 8
+"""Of that name that are looked at."""
 CALLER = "envd.caller"
-"""Where in a request's scope its Caller is, for the routes."""
+"""In the scope of a request that was let in."""
+_PLAYED = re.compile(r"/v1/envs/[^/]*/(vnc|cdp)(/|$)")
 CLIENTS = 10_000
 """Clients whose rate is remembered."""
 
@@ -51,22 +56,24 @@ class Gate:
             await self._refuse(error, scope, receive, send)
             return
         scope[CALLER] = caller
-        if scope["type"] == "websocket" or scope["method"] in SAFE:
-            left = None if caller is None or caller.until is None else caller.until - time.time()
-            with anyio.move_on_after(left):  # a stream ends with the link that it came by
+        if caller is not None and caller.how == "link" and caller.below:
+            send = _keeps_link(scope, caller, send)
+        left = None if caller is None or caller.until is None else caller.until - time.time()
+        with anyio.move_on_after(left) as patience:  # a stream ends with the link that it came by
+            if _changes(scope):
+                await self._audited(caller, scope, receive, send)
+            else:
                 await self._app(scope, receive, send)
-        else:
-            await self._audited(caller, scope, receive, send)
+        if patience.cancelled_caught and scope["type"] == "websocket":
+            with anyio.move_on_after(1):
+                await send({"type": "websocket.close", "code": 1008, "reason": "The link has ended."})
 
     async def _refuse(self, error: EnvdError, scope: AsgiScope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008, "reason": error.detail[:120]})
-            return
         logger.info("refused", address=_peer_of(scope), code=error.code, detail=error.detail)
-        if scope["method"] not in SAFE:
+        if _changes(scope):
             _write(None, scope, error.status)
         headers = {"WWW-Authenticate": 'Bearer realm="envd"'} if error.status == 401 else {}
-        await problem_response(error, scope["path"], headers)(scope, receive, send)
+        await refuse(error, scope, receive, send, headers)
 
     def _admit(self, scope: AsgiScope) -> Caller | None:
         """Raises MisdirectedRequest, Unauthorized, Forbidden, TooManyRequests."""
@@ -77,18 +84,20 @@ class Gate:
             return None
         query = parse_qs(scope["query_string"].decode("ascii", "replace"))
         link = query.get(LINK, [""])[-1] if method in SAFE else ""
+        cookies = _kept_links(headers) if method in SAFE else []
         forwarded = headers.getlist("x-forwarded-for")
-        caller = self._access.caller(peer, headers.get("authorization", ""), forwarded, link, path)
+        caller = self._access.caller(peer, headers.get("authorization", ""), forwarded, link, path, cookies)
         host = headers.get("host", "")
-        if caller.how in ("open", "network"):
-            # With a token no page can come by, whatever it has its name point to.
-            self._refuse_other_names(host)
+        if caller.how in ("open", "network", "cookie"):
+            # With a token no page can come by, whatever it has its name point to; a cookie goes to its own name alone.
+            if caller.how != "cookie":
+                self._refuse_other_names(host)
             if headers.get("sec-fetch-mode") != "navigate":
                 _refuse_other_sites(headers, host)
         elif method not in SAFE or scope["type"] == "websocket":
             _refuse_other_sites(headers, host)
         self._rates.require(caller.name, f"{caller.how} {caller.address}")
-        caller.require(_needed(method, path), f"{method} {path[:100]}")
+        caller.require(needed_scope(method, path), f"{method} {path[:100]}")
         return caller
 
     def _refuse_other_names(self, host: str) -> None:
@@ -104,14 +113,18 @@ class Gate:
 
         async def send_and_see(message: Message) -> None:
             nonlocal status
-            if message["type"] == "http.response.start":
+            if message["type"] in ("http.response.start", "websocket.http.response.start"):
                 status = message["status"]
+            elif message["type"] == "websocket.accept":
+                status = 101
+                _write(caller, scope, status)  # it may stay open for hours
             await send(message)
 
         try:
             await self._app(scope, receive, send_and_see)
         finally:
-            _write(caller, scope, status)
+            if status != 101:
+                _write(caller, scope, status)
 
 
 class Rates:
@@ -150,10 +163,18 @@ def _write(caller: Caller | None, scope: AsgiScope, status: int) -> None:
         caller=caller.name if caller else "",
         how=caller.how if caller else "refused",
         address=caller.address if caller else _peer_of(scope),
-        method=scope["method"],
+        method=scope.get("method", "WEBSOCKET"),
         path=scope["raw_path"].decode("ascii", "replace"),
         status=status,
     )
+
+
+def _changes(scope: AsgiScope) -> bool:
+    """Whether the request may change something. Chrome also takes GET for commands."""
+    if scope["type"] == "websocket":
+        return True
+    played = _PLAYED.match(_path_of(scope))
+    return scope["method"] not in SAFE or (played is not None and played[1] == "cdp")
 
 
 def _path_of(scope: AsgiScope) -> str:
@@ -167,10 +188,42 @@ def _peer_of(scope: AsgiScope) -> str:
     return str((scope.get("client") or ("127.0.0.1", 0))[0])
 
 
-def _needed(method: str, path: str) -> Scope:
+def needed_scope(method: str, path: str) -> Scope:
+    """What a request needs. A websocket counts as GET. Through VNC and CDP a desktop is played, whatever the method."""
+    if _PLAYED.match(path):
+        return Scope.PLAY
     if method in SAFE or path in READING_PATHS:
         return Scope.READ
     return Scope.ADMIN if path in ADMIN_PATHS else Scope.PLAY
+
+
+def caller_of(scope: AsgiScope) -> Caller:
+    """Who made the request that was let in; for paths that are not open to all."""
+    caller: Caller = scope[CALLER]
+    return caller
+
+
+def _kept_links(headers: Headers) -> list[str]:
+    """Links that a browser keeps as cookies: of each path, and what pages of this origin may have planted."""
+    pairs = [pair.strip() for line in headers.getlist("cookie") for pair in line.split(";")]
+    return [pair.removeprefix(f"{COOKIE}=") for pair in pairs if pair.startswith(f"{COOKIE}=")][:COOKIES]
+
+
+def _keeps_link(scope: AsgiScope, caller: Caller, send: Send) -> Send:
+    """Has the browser keep a link that is good for more than the page which it opened: what that page loads, and the
+    websocket that it opens, come without the query. No script can read it, no page of another site have it sent."""
+    query = parse_qs(scope["query_string"].decode("ascii", "replace"))
+    seconds = int((caller.until or 0) - time.time())
+    path = scope.get("root_path", "") + caller.below
+    safe = "; Secure" if scope["scheme"] == "https" else ""
+    value = f"{COOKIE}={query[LINK][-1]}; Path={path}; Max-Age={seconds}; HttpOnly; SameSite=Strict{safe}"
+
+    async def send_with_cookie(message: Message) -> None:
+        if message["type"] == "http.response.start" and message["status"] < 400:
+            message["headers"] = [*message.get("headers", ()), (b"set-cookie", value.encode())]
+        await send(message)
+
+    return send_with_cookie
 
 
 def _refuse_other_sites(headers: Headers, host: str) -> None:

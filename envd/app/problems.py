@@ -53,6 +53,18 @@ def problem_response(error: EnvdError, instance: str, headers: Mapping[str, str]
     )
 
 
+async def refuse(
+    error: EnvdError, scope: Scope, receive: Receive, send: Send, headers: Mapping[str, str] | None = None
+) -> None:
+    """Answer a request, or a websocket that was not accepted yet, with a problem."""
+    if scope["type"] == "websocket" and "websocket.http.response" not in scope.get("extensions", {}):
+        await send({"type": "websocket.close", "code": 1008, "reason": error.detail[:100]})
+        return
+    # After one of these hypercorn 0.18 closes the connection, so nobody is to send another request on it.
+    closing = {"Connection": "close"} if scope["type"] == "websocket" else {}
+    await problem_response(error, scope["path"], {**(headers or {}), **closing})(scope, receive, send)
+
+
 class Boundary:
     """Outermost: gives each request an id, logs it once when it is answered, and turns what nobody caught into a
     500."""

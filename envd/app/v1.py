@@ -18,6 +18,7 @@ from ..errors import InvalidRequest
 from ..models import DrainRequest, Job, JobState, LinkRequest, ResetRequest, StepRequest, Verdict
 from ..settings import effective
 from .bodies import env_of, hold, number_in_query, read_call, read_json, read_model, sent, service_of
+from .gate import caller_of, needed_scope
 from .sse import EventStream
 
 LONGEST_POLL = 60.0
@@ -192,10 +193,13 @@ async def livez(request: Request) -> Response:
 
 
 async def link(request: Request) -> Response:
-    """A path below which a browser, which cannot send a token, may GET for a while what `path` is: a picture, a stream.
-    `seconds` is at most an hour."""
+    """A path at which a browser, which cannot send a token, may GET for a while what `path` is: a picture, a stream;
+    one that ends in / is good for all that is below it. `seconds` is at most an hour. Who asks must be allowed to GET
+    it."""
     asked = await read_model(request, LinkRequest)
-    signature = service_of(request).access.link(asked.path, asked.seconds)
+    needed = needed_scope("GET", asked.path)
+    caller_of(request.scope).require(needed, f"A link to {asked.path[:100]}")
+    signature = service_of(request).access.link(asked.path, asked.seconds, needed)
     return JSONResponse({"path": f"{asked.path}?signature={signature}"}, 201, {"Cache-Control": "no-store"})
 
 

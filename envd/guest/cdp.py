@@ -110,13 +110,11 @@ class Cdp:
     async def _websocket(self, path: str, timeout: float) -> AsyncIterator[aiohttp.ClientWebSocketResponse]:
         """On the caller's connections, but in a session that follows no redirect: the guest does not choose where the
         daemon connects to."""
-        no_redirects = aiohttp.TraceConfig()
-        no_redirects.on_request_redirect.append(_refuse_redirect)
         async with aiohttp.ClientSession(
             connector=self._session.connector,
             connector_owner=False,
             cookie_jar=aiohttp.DummyCookieJar(),
-            trace_configs=[no_redirects],
+            trace_configs=[no_redirects()],
         ) as session:
             try:
                 with anyio.fail_after(timeout):
@@ -289,6 +287,13 @@ def _is_page(info: object) -> bool:
         and isinstance(info.get("targetId"), str)
         and isinstance(info.get("url"), str)
     )
+
+
+def no_redirects() -> aiohttp.TraceConfig:
+    """Of a session in which a websocket follows none; for plain requests aiohttp has an argument."""
+    config = aiohttp.TraceConfig()
+    config.on_request_redirect.append(_refuse_redirect)
+    return config
 
 
 async def _refuse_redirect(

@@ -6,6 +6,7 @@ setting `ENVD_SIM` or the test that made it says otherwise.
 behaviour.py  how a desktop is told to behave     driver.py    the driver and its journal
 desktop.py    one desktop and its life            ports.py     a port that opens and shuts
 guest.py      the guest port                      cdp.py       the CDP port
+vnc.py        the VNC port, if it has one
 shell.py      the commands that it knows          devtools.py  the CDP port's websockets
 files.py      its files                           gui.py       its screen, and the programs that change it
 calls.py      what was asked of it                picture.py   what it looks like

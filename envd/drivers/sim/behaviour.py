@@ -143,6 +143,8 @@ class Behaviour:
     """`admit` waits so long."""
     console: bool = False
     """It can be seen and worked from outside."""
+    vnc: bool = False
+    """Its screen is also served by a noVNC."""
     parks: bool = False
     """Spares are parked: their ports are shut until they are wanted."""
     unpark_s: float = 0.0

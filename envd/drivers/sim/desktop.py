@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -23,6 +23,7 @@ from .guest import Guest
 from .gui import Gui
 from .picture import Scene, flat, render
 from .ports import Port
+from .vnc import Vnc
 
 Change = Literal["ready", "died"]
 BROWSERS = ("google-chrome", "google-chrome-stable", "chromium", "chromium-browser", "chrome")
@@ -81,6 +82,7 @@ class Desktop:
         self.chrome = Chrome(self)
         self.guest_port: Port | None = None
         self.cdp_port: Port | None = None
+        self.vnc_port: Port | None = None
         self._note = note
         self._ready_at = 0.0
         self._seen: set[str] = set()
@@ -105,6 +107,9 @@ class Desktop:
     async def start(self, behaviour: Behaviour) -> None:
         """Take both ports, and open at once what is not to be waited for. Its life begins as `behaviour` says."""
         self.guest_port, self.cdp_port = Port(Guest(self).answer), Port(self.chrome.answer)
+        if behaviour.vnc:
+            self.vnc_port = Port(Vnc(self).answer)
+            await self.vnc_port.open()
         self.say(f"guest on port {self.guest_port.number}, CDP on port {self.cdp_port.number}")
         if behaviour.strikes(self.number):
             behaviour = replace(behaviour, dies_after_s=behaviour.dies_after_s or behaviour.boot_s, dies_when="booting")
@@ -121,17 +126,22 @@ class Desktop:
         if self.guest_port is None or self.cdp_port is None:
             return None
         guest, cdp = (f"http://127.0.0.1:{port.number}" for port in (self.guest_port, self.cdp_port))
-        return Endpoints(guest=guest, cdp=cdp)
+        vnc = f"http://127.0.0.1:{self.vnc_port.number}" if self.vnc_port is not None else None
+        return Endpoints(guest=guest, cdp=cdp, vnc=vnc)
+
+    def _ports(self) -> Iterator[Port]:
+        return (port for port in (self.guest_port, self.cdp_port, self.vnc_port) if port is not None)
 
     def shut(self) -> None:
         """Asleep: both ports refuse connections until `reopen`."""
-        for port in (self.guest_port, self.cdp_port):
-            if port is not None:
-                port.shut()
+        for port in self._ports():
+            port.shut()
 
     async def reopen(self) -> None:
         await self._open_guest_in(0)
         await self.open_cdp()
+        if self.vnc_port is not None:
+            await self.vnc_port.open()
 
     async def close(self) -> None:
         """Give everything up, and return when it is gone. May be called again, also while it runs."""
@@ -140,9 +150,8 @@ class Desktop:
             await asyncio.wait([self._life])
             if not self._life.cancelled():
                 self._life.result()
-        for port in (self.guest_port, self.cdp_port):
-            if port is not None:
-                await port.close()
+        for port in self._ports():
+            await port.close()
 
     def die(self, death: Death) -> None:
         """Stop as a machine does that loses power: both ports are gone at once. What it wrote can still be read."""
@@ -170,9 +179,8 @@ class Desktop:
             self.gone.set()
             if self._life is not None and self._life is not asyncio.current_task():
                 self._life.cancel()
-            for port in (self.guest_port, self.cdp_port):
-                if port is not None:
-                    port.drop()
+            for port in self._ports():
+                port.drop()
 
     async def _live(self, behaviour: Behaviour) -> None:
         """Open the ports and die, when each is due."""
