@@ -5,9 +5,10 @@
     ├── RequestError          the caller must change something            fault: client
     │   └── MalformedJson, InvalidRequest, BodyTooLarge, NotFound, MethodNotAllowed, Unauthorized, Forbidden,
     │       MisdirectedRequest, TooManyRequests, UnknownEnv, UnknownJob, NoEpisode, EpisodeOver, EnvBusy, JobCancelled,
-    │       JobSuperseded, EvaluationCancelled, KeyReused, StepRepeated, StepGap, Leased
+    │       JobSuperseded, EvaluationCancelled, KeyReused, StepRepeated, StepGap, Leased, LeaseOver
     ├── CapacityError         nobody can be served just now               fault: capacity
-    │   └── QueueFull, Draining, StillBooting, JobExpired, TooManyWatchers, DiskLow, DeadlinePassed
+    │   └── QueueFull, Draining, StillBooting, JobExpired, TooManyWatchers, DiskLow, DeadlinePassed,
+    │       LeaseUnavailable
     ├── InfraError            a machine or a library failed               fault: infra
     │   ├── BootFailed, BootTimeout, InstanceDied, DesktopLost, GuestUnreachable, GuestMisbehaved, ServerUnreachable,
     │   │   AssetUnavailable, EvaluatorError, EvaluationExpired, InternalError
@@ -271,10 +272,20 @@ class StepGap(RequestError):
 
 
 class Leased(RequestError):
+    """Facts: holder, expires_at."""
+
     status = 423
     code = "leased"
     title = "The env is leased to somebody else"
     retryable = True
+
+
+class LeaseOver(RequestError):
+    """Facts: end_reason (None when it is not known), ended_at."""
+
+    status = 410
+    code = "lease_over"
+    title = "The lease has ended"
 
 
 class CapacityError(EnvdError):
@@ -322,6 +333,13 @@ class DeadlinePassed(CapacityError):
 
     code = "deadline_passed"
     title = "The answer was not there within the caller's time"
+
+
+class LeaseUnavailable(CapacityError):
+    """Raised by the client only. Facts: position."""
+
+    code = "lease_unavailable"
+    title = "Too few envs became free in time"
 
 
 class InfraError(EnvdError):

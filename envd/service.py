@@ -29,6 +29,7 @@ from .errors import Draining, EnvBusy, InvalidRequest, SettingsError
 from .evaluations import Evaluations
 from .events import EventLog
 from .journal import Journal
+from .leases import Leases
 from .models import Env, Job, StepRequest, StepResult, Verdict
 from .settings import Settings, variable
 from .store import Store
@@ -72,6 +73,7 @@ class Service:
         self.evaluators = evaluators
         self.abilities = Abilities.of(settings, has_asset=assets.has_now, ocr=evaluators.ocr)
         self.queue = BootQueue(settings, self.fleet, self.envs, store, events)
+        self.leases = Leases(settings, self.envs, self.queue, store, events)
         self.started_at = time.time()
         self.draining = anyio.Event()
         self.streams = 0
@@ -94,6 +96,8 @@ class Service:
                     self.queue.submit_prewarm()
                 tasks.start_soon(self.queue.run, consuming)
                 await consuming.wait()
+                await self.leases.recover()
+                tasks.start_soon(self.leases.run)
                 self._running = True
                 started()
         finally:
@@ -163,7 +167,11 @@ class Service:
     def env(self, env: int) -> Env:
         running, waiting = self.queue.of_env(env)
         return self.envs.env(env).model_copy(
-            update={"job_id": running.id if running else None, "waiting_job_id": waiting.id if waiting else None}
+            update={
+                "job_id": running.id if running else None,
+                "waiting_job_id": waiting.id if waiting else None,
+                "lease": self.leases.view(env),
+            }
         )
 
     def all_envs(self) -> list[Env]:

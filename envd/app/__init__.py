@@ -6,7 +6,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
 from ..service import Service
-from . import docs, legacy, v1
+from . import docs, leases, legacy, v1
 from .gate import Gate
 from .problems import Boundary, exception_handlers
 
@@ -14,7 +14,7 @@ from .problems import Boundary, exception_handlers
 def create_app(service: Service) -> Starlette:
     """The ASGI application over a running service."""
     app = Starlette(
-        routes=[*legacy.routes, *v1.routes, *docs.routes],
+        routes=[*legacy.routes, *v1.routes, *leases.routes, *docs.routes],
         middleware=[Middleware(Boundary), Middleware(Gate, service.access, service.settings.request_rate)],
         exception_handlers=exception_handlers,
     )

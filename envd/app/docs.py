@@ -16,14 +16,17 @@ from starlette.routing import BaseRoute, Route
 
 from .. import __version__
 from ..errors import Problem, StartError, error_classes
-from ..models import Env, Event, Job, ResetRequest, StepRequest, StepResult, Verdict
-from . import legacy, v1
+from ..leases import HEADER
+from ..models import Env, Event, Job, Lease, LeaseRequest, ResetRequest, StepRequest, StepResult, Verdict
+from . import leases, legacy, v1
 from .sse import EventStream
 
 MODELS: tuple[type[BaseModel], ...] = (
     Env,
     Event,
     Job,
+    Lease,
+    LeaseRequest,
     Problem,
     ResetRequest,
     StepRequest,
@@ -36,6 +39,7 @@ MODELS: tuple[type[BaseModel], ...] = (
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/envs/{env}/reset": ResetRequest,
     "/v1/envs/{env}/step": StepRequest,
+    "/v1/leases": LeaseRequest,
     "/env/reset": legacy.LegacyReset,
     "/env/step": legacy.LegacyStep,
     "/env/evaluate": legacy.Slot,
@@ -49,12 +53,19 @@ ANSWERS: dict[str, tuple[int, type[BaseModel]]] = {
     "/v1/episodes/{episode}/verdict": (200, Verdict),
     "/v1/jobs/{job}": (200, Job),
     "/v1/jobs/{job}/cancel": (202, Job),
+    "/v1/leases/{lease}": (200, Lease),
+    "/v1/leases/{lease}/renew": (200, Lease),
     "/v1/prewarm": (202, Job),
+    "POST /v1/leases": (201, Lease),
 }
+"""By path, or by method and path."""
+LEASED = frozenset(f"{where}/{what}" for where in ("/v1/envs/{env}", "/env") for what in ("reset", "step", "evaluate"))
+"""What changes an env, and so carries the id of the lease that the env is in."""
 QUERIES: dict[str, tuple[tuple[str, str], ...]] = {
     "/v1/jobs/{job}": (("after", "integer"), ("wait", "number")),
     "/v1/jobs": (("env", "integer"), ("state", "string")),
     "/v1/jobs/{job}/events": (("last_event_id", "string"),),
+    "/v1/leases/{lease}": (("after", "integer"), ("wait", "number")),
     "/v1/events": (("last_event_id", "string"),),
     "/env/history_messages": (("slot_id", "integer"),),
 }
@@ -66,7 +77,7 @@ def openapi_document() -> dict[str, Any]:
         [(model, "validation") for model in MODELS], ref_template="#/components/schemas/{model}"
     )
     paths: dict[str, dict[str, Any]] = {}
-    for route in (*legacy.routes, *v1.routes, *routes):
+    for route in (*legacy.routes, *v1.routes, *leases.routes, *routes):
         assert isinstance(route, Route)
         methods = sorted((route.methods or set()) - {"HEAD"})
         paths[route.path] = {method.lower(): _operation(route, method) for method in methods}
@@ -85,7 +96,8 @@ def _operation(route: Route, method: str) -> dict[str, Any]:
     operation: dict[str, Any] = {"summary": " ".join(summary.split()), "parameters": _parameters(path, method)}
     if method == "POST" and path in BODIES:
         operation["requestBody"] = {"content": {"application/json": {"schema": _ref(BODIES[path])}}}
-    status, model = ANSWERS.get(path, (200, None))
+    answered = f"{method} {path}"
+    status, model = ANSWERS.get(answered if answered in ANSWERS else path, (200, None))
     if stream:
         content: dict[str, Any] = {"text/event-stream": {}}
     elif path.endswith("/screenshot"):
@@ -106,11 +118,16 @@ def _operation(route: Route, method: str) -> dict[str, Any]:
 def _parameters(path: str, method: str) -> list[dict[str, Any]]:
     in_path = [
         {"name": name, "in": "path", "required": True, "schema": {"type": kind}}
-        for name, kind in (("env", "integer"), ("job", "string"), ("episode", "string"))
+        for name, kind in (("env", "integer"), ("job", "string"), ("episode", "string"), ("lease", "string"))
         if f"{{{name}}}" in path
     ]
     queries = QUERIES.get(path, ()) if method == "GET" else ()
-    return [*in_path, *({"name": name, "in": "query", "schema": {"type": kind}} for name, kind in queries)]
+    in_header = [{"name": HEADER, "in": "header", "schema": {"type": "string"}}] if path in LEASED else []
+    return [
+        *in_path,
+        *({"name": name, "in": "query", "schema": {"type": kind}} for name, kind in queries),
+        *in_header,
+    ]
 
 
 def _ref(model: type[BaseModel]) -> dict[str, str]:

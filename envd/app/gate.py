@@ -44,7 +44,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         try:
-            caller = self._admit(scope)
+            caller = scope["caller"] = self._admit(scope)
         except EnvdError as error:
             await self._refuse(error, scope, receive, send)
             return

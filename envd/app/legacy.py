@@ -31,6 +31,7 @@ from ..errors import (
 from ..evaluations import error_of
 from ..models import EnvState, Job, JobState, StepRequest
 from .bodies import hold, number_in_query, read_model, service_of
+from .leases import require
 
 KVM_DEVICE = "/dev/kvm" if Path("/dev/kvm").exists() else None
 
@@ -67,7 +68,7 @@ async def reset(request: Request) -> Response:
     """Reset and wait for the observation. The job behind it goes on when the caller leaves or the wait runs out."""
     asked = await read_model(request, LegacyReset)
     service = service_of(request)
-    job = await service.reset(asked.slot_id, asked.task_config)
+    job = await service.reset(require(request, asked.slot_id), asked.task_config)
     job = await _ended(request, job)
     if job.state is not JobState.SUCCEEDED:
         raise _failure(job)
@@ -121,8 +122,9 @@ async def step(request: Request) -> Response:
     """Run a prediction. After the episode's end nothing runs any more, and the answer is done again."""
     asked = await read_model(request, LegacyStep)
     service = service_of(request)
+    env = require(request, asked.slot_id)
     try:
-        result = await service.step(asked.slot_id, StepRequest(prediction=asked.prediction, include_screenshot=False))
+        result = await service.step(env, StepRequest(prediction=asked.prediction, include_screenshot=False))
     except EpisodeOver:
         return shape(asked.slot_id, None, done=True, format_reward=0.0)
     dialogue = service.envs.dialogue(asked.slot_id)
@@ -133,7 +135,7 @@ async def step(request: Request) -> Response:
 async def evaluate(request: Request) -> Response:
     """A bare number or a problem; never a number for a failure. Found once: whoever asks again is answered the same."""
     asked = await read_model(request, Slot)
-    verdict = await service_of(request).evaluate(asked.slot_id)
+    verdict = await service_of(request).evaluate(require(request, asked.slot_id))
     if verdict.score is None:
         raise error_of(verdict)
     return JSONResponse(verdict.score)

@@ -15,6 +15,7 @@ from ..errors import InvalidRequest
 from ..models import Job, JobState, LinkRequest, ResetRequest, StepRequest, Verdict
 from ..settings import effective
 from .bodies import env_of, hold, number_in_query, read_json, read_model, service_of
+from .leases import require
 from .sse import EventStream
 
 LONGEST_POLL = 60.0
@@ -47,7 +48,7 @@ async def reset(request: Request) -> Response:
         episode_timeout_s=asked.episode_timeout_s,
         queue_timeout_s=asked.queue_timeout_s,
     )
-    job = await service.reset(env_of(request), asked.task, how)
+    job = await service.reset(require(request, env_of(request)), asked.task, how)
     return accepted(service.queue.get(job.id))
 
 
@@ -118,7 +119,7 @@ async def step(request: Request) -> Response:
     if (asked.prediction is None) == (asked.actions is None):
         message = "give exactly one of prediction and actions"
         raise InvalidRequest(f"{message}.", errors=[{"field": "prediction", "message": message}])
-    result = await service_of(request).step(env_of(request), asked)
+    result = await service_of(request).step(require(request, env_of(request)), asked)
     return Response(result.model_dump_json(), media_type="application/json")
 
 
@@ -140,7 +141,7 @@ async def evaluate(request: Request) -> Response:
     """Judge the episode with its task's own evaluator: a verdict, with a score or with the reason why there is none.
     Found once: whoever asks again is answered the same."""
     await read_json(request)
-    return verdict_json(await service_of(request).evaluate(env_of(request)))
+    return verdict_json(await service_of(request).evaluate(require(request, env_of(request))))
 
 
 async def verdict(request: Request) -> Response:
