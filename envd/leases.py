@@ -226,18 +226,22 @@ class Book:
         self._put(lease, leaving=tuple(other for other in lease.leaving if other != env), version=lease.version + 1)
 
     def forget(self, now: float) -> None:
-        """Those that ended long ago, and the first of too many."""
+        """Those that ended long ago, and the first of too many. Whose last grant is forgotten may move in line."""
         for lease in self.ended():
             if len(self._ended) <= MOST_KEPT and (lease.ended_at or 0.0) >= now - KEPT:
                 break
             if not lease.leaving:
                 del self._ended[lease.id]
                 self._changed[lease.id] = None
-                if self._served.get(lease.owner) == lease.turn:
-                    del self._served[lease.owner]
-                    for other in (*self._open.values(), *self._ended.values()):
-                        if other.owner == lease.owner:
-                            self._was_served(other)
+                self._forget_grant(lease)
+
+    def _forget_grant(self, lease: Lease) -> None:
+        if self._served.get(lease.owner) == lease.turn:
+            del self._served[lease.owner]
+            for other in (*self._open.values(), *self._ended.values()):
+                if other.owner == lease.owner:
+                    self._was_served(other)
+            self._renumber()
 
     def take(self) -> dict[str, Lease | None]:
         """What changed since this was last called; None was forgotten."""
