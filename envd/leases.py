@@ -343,6 +343,7 @@ class Leases:
         lease_id = f"lease-{secrets.token_hex(6)}"
         self._book.ask(lease_id, owner, asked.count, asked.ttl_s, time.time())
         self._turn()
+        self._stir()  # it may end before anything else does
         return self.get(lease_id)
 
     def get(self, lease_id: str) -> Lease:
@@ -397,13 +398,13 @@ class Leases:
             raise _over(lease)
         self._book.renew(lease_id, time.time())
         self._tell()
-        self._stir()
         return self.get(lease_id)
 
     def release(self, lease_id: str) -> Lease:
         """Repeatable. Raises NotFound."""
         self._end(self.get(lease_id), LeaseEnd.RELEASED)
         self._turn()
+        self._stir()
         return self.get(lease_id)
 
     def require(self, env: int, lease_id: str | None) -> None:

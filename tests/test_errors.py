@@ -62,7 +62,7 @@ def test_a_problem_says_the_same_as_its_class(cls: type[EnvdError]) -> None:
 @every_class
 def test_the_status_fits_the_fault(cls: type[EnvdError]) -> None:
     allowed = {
-        Fault.CLIENT: {400, 401, 403, 404, 405, 409, 413, 421, 422, 429, 505},
+        Fault.CLIENT: {400, 401, 403, 404, 405, 409, 410, 413, 421, 422, 423, 429, 505},
         Fault.CAPACITY: {503},
         Fault.INFRA: {500, 503},
         Fault.TASK: {422, 500, 503},

@@ -133,6 +133,7 @@ class Transport:
         *,
         body: Any = None,
         params: dict[str, str] | None = None,
+        headers: dict[str, str] | None = None,
         resend: Resend = Resend.ALWAYS,
         deadline: Deadline,
         attempt_timeout: float | None = None,
@@ -154,7 +155,9 @@ class Transport:
         silent_since: float | None = None
         while True:
             try:
-                answer = await self._attempt(method, path, content, params, deadline, attempt_timeout, limit, into)
+                answer = await self._attempt(
+                    method, path, content, params, headers, deadline, attempt_timeout, limit, into
+                )
                 if answer.ok or answer.status in accept:
                     return answer
                 error = answer.error()
@@ -206,6 +209,7 @@ class Transport:
         path: str,
         content: bytes | None,
         params: dict[str, str] | None,
+        headers: dict[str, str] | None,
         deadline: Deadline,
         attempt_timeout: float | None,
         limit: int,
@@ -220,7 +224,7 @@ class Transport:
                 method,
                 self.url + path,
                 data=content,
-                headers={"Content-Type": "application/json"} if content is not None else None,
+                headers=({"Content-Type": "application/json"} if content is not None else {}) | (headers or {}),
                 params=params,
                 timeout=aiohttp.ClientTimeout(
                     total=None if total is None else max(total, 0.001), sock_connect=CONNECT_SECONDS
