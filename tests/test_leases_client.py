@@ -154,13 +154,16 @@ async def test_a_failure_of_the_block_comes_out_as_it_is_and_the_lease_is_given_
 
 async def test_a_block_that_is_cancelled_gives_its_lease_back() -> None:
     async with serving() as served, Client(served.url) as client:
+        began = asyncio.Event()
 
         async def play() -> None:
             async with client.lease():
+                began.set()
                 await asyncio.Event().wait()
 
         playing = asyncio.create_task(play())
-        await eventually(lambda: len(held(served)) == 1)
+        await began.wait()
+        assert len(held(served)) == 1
         playing.cancel()
         with pytest.raises(asyncio.CancelledError):
             await playing
@@ -174,7 +177,7 @@ async def test_who_stops_waiting_leaves_the_line() -> None:
                 raise AssertionError("there is no second env")
         assert given_up.value.facts == {"position": 1}
         waiting = asyncio.create_task(client.lease().__aenter__())
-        await eventually(lambda: len(served.service.leases.all()) == 2)
+        await eventually(lambda: served.service.leases._attended.total() == 1)  # it knows its lease, and asks about it
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting

@@ -245,6 +245,18 @@ async def test_expiry_cancels_the_boot_and_the_job_that_waits_and_frees_the_envs
         assert (await ask(served, 2, "bob"))["state"] == "held"
 
 
+async def test_the_reset_that_waits_does_not_inherit_the_boot_of_a_lease_that_ends() -> None:
+    async with serving(Behaviour(boot_s=60)) as served:
+        lease = await ask(served)
+        _, booting = await served.post("/v1/envs/0/reset", {"task": TASK}, **under(lease))
+        await served.in_state(booting["id"], "booting")
+        _, waits = await served.post("/v1/envs/0/reset", {"task": {**TASK, "id": "t-2"}}, **under(lease))
+        await served.ask("DELETE", f"/v1/leases/{lease['id']}")
+        assert [(await served.ended(job["id"]))["state"] for job in (booting, waits)] == ["cancelled"] * 2
+        await eventually(lambda: not served.service.fleet.desktops())
+        assert served.service.env(0).state is EnvState.EMPTY
+
+
 async def test_an_env_is_nobodys_until_what_runs_there_has_ended() -> None:
     async with serving(Behaviour(boot_s=60, destroy_s=0.3), envs=1) as served:
         lease = await ask(served)

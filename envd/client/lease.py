@@ -35,7 +35,8 @@ GIVE_BACK = 10.0
 async def held(
     client: Client, count: int, *, ttl_s: float, wait_s: float | None, owner: str | None
 ) -> AsyncIterator[list[EnvHandle]]:
-    """See `Client.lease`."""
+    """See `Client.lease`. Who is cancelled before the server's first answer does not know what to release: that
+    expires."""
     http = client.http
     lease = await _ask(http, {"count": count, "ttl_s": ttl_s, "owner": owner}, wait_s)
     failure: Exception | None = None
