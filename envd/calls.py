@@ -36,12 +36,14 @@ class Sent:
     fingerprint  the same for calls that ask for the same of the same route
     until        when its caller stops waiting, on the monotonic clock; None for never
     owner        who sent it
+    lease        that it was sent under, if it was
     """
 
     key: str = ""
     fingerprint: str = ""
     until: float | None = None
     owner: str = ""
+    lease: str | None = None
 
     @property
     def left(self) -> float | None:

@@ -96,7 +96,8 @@ class Play:
     warnings  of the set-up, and of actions that the desktop did not take
     last_seen the first picture since something was done to the screen, and when (monotonic) it was taken
     settled   how the screen came to rest before it began
-    replaced  a reset has taken the desktop away
+    replaced  a reset, or the end of a lease, has taken the desktop away
+    why       what did
     interrupted  the daemon ended while it was judged, when something may have been done to the desktop for that
     """
 
@@ -110,6 +111,7 @@ class Play:
     settled: Settled | None = None
     last_seen: tuple[bytes, float] | None = None
     replaced: bool = False
+    why: str = "a reset began"
     interrupted: bool = False
 
     def kept(self, *, judging: bool = False) -> KeptPlay:
@@ -211,6 +213,8 @@ class Envs:
         self._step_ended = anyio.Event()
         self.on_began: Callable[[Task], None] = lambda task: None
         """Told of the task of each episode that begins."""
+        self.on_idle: Callable[[], None] = lambda: None
+        """Told when an env may have become idle."""
         fleet.on_lost = self._desktop_lost
 
     # -- looking ------------------------------------------------------------------------------------------------
@@ -226,6 +230,12 @@ class Envs:
     def dialogue(self, env: int) -> Dialogue | None:
         """The messages of the current episode; None when there is none."""
         return self._slot(env).dialogue
+
+    def is_idle(self, env: int) -> bool:
+        """Whether nobody plays on it: no reset, no call in the middle, no episode that could go on."""
+        slot = self._slot(env)
+        over = slot.episode is None or slot.episode.done or _overdue(slot.episode)
+        return over and not slot.busy and slot.state is not EnvState.RESETTING
 
     async def idle(self) -> None:
         """Return when no step runs."""
@@ -435,6 +445,20 @@ class Envs:
         slot = self._slot(env)
         if slot.state is EnvState.RESETTING:
             slot.state, slot.detail, slot.desktop_id = EnvState.EMPTY, f"{job.id} ended {job.state}", None
+
+    def recycle(self, env: int, why: str) -> None:
+        """End the env's episode, and what runs in it, and take its desktop away, as a reset does. An env that is being
+        reset has neither."""
+        slot = self._slot(env)
+        if slot.state in (EnvState.EMPTY, EnvState.RESETTING):
+            return
+        if slot.play is not None:
+            slot.play.why = why
+        desktop_id = slot.desktop_id
+        self._end_episode(slot, EndReason.LEASE_OVER)
+        slot.state, slot.detail, slot.desktop_id = EnvState.EMPTY, why, None
+        if desktop_id is not None:
+            self._fleet.retire(desktop_id, why)
 
     def began(self, job: Job) -> Beginning | None:
         slot = self._slots[job.env] if job.env is not None and job.env < len(self._slots) else None
@@ -789,6 +813,7 @@ class Envs:
             slot.busy = False
             self._step_ended.set()
             self._step_ended = anyio.Event()
+            self.on_idle()
 
     async def _while_alive(
         self, desktop_id: str, work: Callable[[], Awaitable[T]], *, wake: bool = True, left: anyio.Event | None = None
@@ -829,7 +854,8 @@ class Envs:
             slot.episode = slot.episode.model_copy(update={"done": True, "end_reason": reason})
             self._keep(slot)
             self._tell_end(slot)
-        if reason is EndReason.REPLACED:
+            self.on_idle()
+        if reason in (EndReason.REPLACED, EndReason.LEASE_OVER):
             if slot.episode is not None:
                 self._store.put(Kind.EPISODES, str(slot.id), None)
                 self._store.put(Kind.PLAYS, slot.episode.id, None)

@@ -5,9 +5,11 @@
     ├── RequestError          the caller must change something            fault: client
     │   └── MalformedJson, InvalidRequest, BodyTooLarge, BodyTooSlow, NotFound, MethodNotAllowed, Unauthorized,
     │       Forbidden, MisdirectedRequest, TooManyRequests, UnknownEnv, UnknownJob, NoEpisode, NoVnc, EpisodeOver,
-    │       EnvBusy, JobCancelled, JobSuperseded, EvaluationCancelled, KeyReused, StepRepeated, StepGap, Leased
+    │       EnvBusy, JobCancelled, JobSuperseded, EvaluationCancelled, KeyReused, StepRepeated, StepGap, Leased,
+    │       LeaseOver
     ├── CapacityError         nobody can be served just now               fault: capacity
-    │   └── QueueFull, Draining, StillBooting, JobExpired, TooManyWatchers, DiskLow, DeadlinePassed
+    │   └── QueueFull, Draining, StillBooting, JobExpired, TooManyWatchers, DiskLow, DeadlinePassed,
+    │       LeaseUnavailable
     ├── InfraError            a machine or a library failed               fault: infra
     │   ├── BootFailed, BootTimeout, InstanceDied, DesktopLost, GuestUnreachable, GuestMisbehaved, ServerUnreachable,
     │   │   AssetUnavailable, EvaluatorError, EvaluationExpired, EvaluationInterrupted, InternalError
@@ -286,10 +288,20 @@ class StepGap(RequestError):
 
 
 class Leased(RequestError):
+    """Facts: holder, expires_at."""
+
     status = 423
     code = "leased"
     title = "The env is leased to somebody else"
     retryable = True
+
+
+class LeaseOver(RequestError):
+    """Facts: end_reason (None when it is not known), ended_at."""
+
+    status = 410
+    code = "lease_over"
+    title = "The lease has ended"
 
 
 class CapacityError(EnvdError):
@@ -337,6 +349,13 @@ class DeadlinePassed(CapacityError):
 
     code = "deadline_passed"
     title = "The answer was not there within the caller's time"
+
+
+class LeaseUnavailable(CapacityError):
+    """Raised by the client only. Facts: position."""
+
+    code = "lease_unavailable"
+    title = "Too few envs became free in time"
 
 
 class InfraError(EnvdError):

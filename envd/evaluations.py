@@ -212,7 +212,7 @@ class Evaluations:
             logger.exception("an evaluation broke", episode_id=episode.id)
             error = InternalError(f"The daemon made a mistake: {mistake!r}")
         if error is not None and play.replaced:
-            error = EvaluationCancelled(f"A reset of env {episode.env} took the desktop away.")
+            error = EvaluationCancelled(f"The desktop of env {episode.env} was taken away: {play.why}.")
         findings.seconds["total"] = round(time.monotonic() - findings.began, 4)
         return self._verdict(episode, play, findings, score, error)
 

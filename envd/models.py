@@ -196,6 +196,62 @@ class EnvState(StrEnum):
     LOST = "lost"  # its desktop died; a reset gives it a new one
 
 
+class LeaseState(StrEnum):
+    WAITING = "waiting"  # for its turn, and for enough envs at once
+    HELD = "held"
+    ENDED = "ended"
+
+
+class LeaseEnd(StrEnum):
+    RELEASED = "released"  # whoever had it gave it back, or left before being told of it
+    EXPIRED = "expired"  # it was neither used nor renewed for its ttl
+
+
+class LeaseView(Model):
+    """A held lease as everybody may see it. `id` is cut short: whoever knows all of it may use the lease."""
+
+    id: str
+    owner: str
+    expires_at: float
+
+
+class Lease(Model):
+    """So many envs for one owner, all or none. Its id is what the holder's calls carry, in the header `X-Lease`."""
+
+    id: str
+    owner: str
+    count: int
+    envs: tuple[int, ...] = ()
+    """Empty while it waits; of one that has ended, those it had."""
+    state: LeaseState = LeaseState.WAITING
+    version: int = 1
+    """Grows with every change but a renewal."""
+    created_at: float
+    ttl_s: float
+    expires_at: float
+    """Unless it is used or renewed before. One that waits is renewed by asking about it, too."""
+    position: int | None = None
+    """1 is next; None once it no longer waits."""
+    turn: int = 0
+    """While it waits, how many leases had been granted when it was asked for; then, the how many-th it was."""
+    end_reason: LeaseEnd | None = None
+    ended_at: float | None = None
+    leaving: tuple[int, ...] = ()
+    """Of one that has ended, the envs whose jobs and calls are still being ended; nobody has them yet."""
+
+    @property
+    def links(self) -> dict[str, str]:
+        return {"self": f"/v1/leases/{self.id}", "renew": f"/v1/leases/{self.id}/renew"}
+
+    @property
+    def view(self) -> LeaseView:
+        return LeaseView(id=self.short_id, owner=self.owner, expires_at=self.expires_at)
+
+    @property
+    def short_id(self) -> str:
+        return self.id[:10]
+
+
 class Env(Model):
     id: int
     state: EnvState
@@ -203,6 +259,7 @@ class Env(Model):
     waiting_job_id: str | None = None
     desktop: Desktop | None = None
     episode: Episode | None = None
+    lease: LeaseView | None = None
     detail: str = ""
 
 
@@ -215,6 +272,7 @@ class EndReason(StrEnum):
     UNPARSABLE = "unparsable"  # the prediction was not in the grammar
     LOST = "lost"  # the desktop died
     REPLACED = "replaced"  # another reset of the env began
+    LEASE_OVER = "lease_over"  # the lease under which it was played ended
 
 
 class Episode(Model):
@@ -244,7 +302,7 @@ class VerdictStatus(StrEnum):
     EVALUATOR_ERROR = "evaluator_error"  # a getter or a metric raised, was killed or overran
     TASK_ERROR = "task_error"  # the task's own post-configuration or evaluator cannot work as written
     NOT_EVALUABLE = "not_evaluable"  # this daemon lacks what it takes
-    CANCELLED = "cancelled"  # a reset took the desktop away
+    CANCELLED = "cancelled"  # a reset, or the end of a lease, took the desktop away
     EXPIRED = "expired"  # the evaluation's own time ran out
 
 
@@ -389,6 +447,25 @@ class ResetRequest(BaseModel):
     )
 
 
+class LeaseRequest(BaseModel):
+    """Body of `POST /v1/leases`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    count: int = Field(default=1, ge=1, description="Envs, all or none; at most as many as there are.")
+    ttl_s: float = Field(default=300, ge=10, le=86_400, description="The lease ends when it is not used for so long.")
+    wait_s: float = Field(
+        default=0, ge=0, le=3600, description="How long the answer may wait for the grant. The lease waits on after it."
+    )
+    owner: str | None = Field(
+        default=None,
+        min_length=1,
+        max_length=64,
+        pattern=r"^[\w.@:-]+$",
+        description="For whom it is, where no token says that; default the caller's address.",
+    )
+
+
 class LinkRequest(BaseModel):
     """Body of `POST /v1/links`."""
 
@@ -436,9 +513,9 @@ class StepRequest(BaseModel):
 class Event(Model):
     """One thing that happened. `id` is "<epoch>-<sequence>": the epoch is new when the sequence starts again.
 
-    Kinds: state, position, phase, probe, progress, setup, log, note, desktop, step, episode, verdict; and, on streams
-    only, snapshot, gap and server-shutdown. An event about a job carries the whole job as it then was, so a watcher
-    replaces what it has.
+    Kinds: state, position, phase, probe, progress, setup, log, note, desktop, step, episode, verdict, lease; and, on
+    streams only, snapshot, gap and server-shutdown. An event about a job carries the whole job as it then was, so
+    a watcher replaces what it has.
     """
 
     id: str

@@ -34,6 +34,7 @@ from .errors import DiskLow, Draining, EnvBusy, InvalidRequest, NotFound, Settin
 from .evaluations import Evaluations
 from .events import EventLog
 from .journal import Journal
+from .leases import Leases
 from .models import DesktopState, Env, Job, JobState, StepRequest, StepResult, Verdict
 from .records import KeptAnswer, KeptDesktop, KeptReset
 from .settings import Settings, variable
@@ -80,6 +81,7 @@ class Service:
         self.evaluators = evaluators
         self.abilities = Abilities.of(settings, has_asset=assets.has_now, ocr=evaluators.ocr)
         self.queue = BootQueue(settings, self.fleet, self.envs, store, events)
+        self.leases = Leases(settings, self.envs, self.queue, store, events)
         self.started_at = time.time()
         self.closing = anyio.Event()
         """No new work is taken."""
@@ -107,6 +109,7 @@ class Service:
                     running = anyio.Event()
                     tasks.start_soon(part, running)
                     await running.wait()
+                tasks.start_soon(self.leases.run)
                 self._running = True
                 started()
         finally:
@@ -141,6 +144,7 @@ class Service:
         await recovered.wait()
         await self.envs.recover(lambda raw: examine(raw, self.abilities).task)
         await self.queue.recover(self._asked_again)
+        await self.leases.recover()
         await self.store.settle()
 
     def _asked_again(self, kept: KeptReset) -> Reset:
@@ -227,6 +231,7 @@ class Service:
 
         def submit() -> Job:
             self.envs.env(env)
+            self.leases.require(env, sent.lease)
             asked = replace(how or Reset(), task=parse(task, self.abilities), owner=sent.owner)
             return self.queue.submit(env, asked)
 
@@ -271,6 +276,7 @@ class Service:
 
         async def work() -> StepResult:
             self.refuse_when_draining()
+            self.leases.require(env, sent.lease)
             _, waiting = self.queue.of_env(env)
             if waiting is not None:
                 raise EnvBusy(
@@ -288,6 +294,7 @@ class Service:
 
         async def work() -> Verdict:
             self.refuse_when_draining()
+            self.leases.require(env, sent.lease)
             episode, _ = self.envs.played(env)
             if sent.key:
                 answer = KeptAnswer(fingerprint=sent.fingerprint, what="verdict", id=episode.id)
@@ -313,7 +320,11 @@ class Service:
     def env(self, env: int) -> Env:
         running, waiting = self.queue.of_env(env)
         return self.envs.env(env).model_copy(
-            update={"job_id": running.id if running else None, "waiting_job_id": waiting.id if waiting else None}
+            update={
+                "job_id": running.id if running else None,
+                "waiting_job_id": waiting.id if waiting else None,
+                "lease": self.leases.view(env),
+            }
         )
 
     def all_envs(self) -> list[Env]:

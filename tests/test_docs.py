@@ -77,6 +77,7 @@ async def answers(served: Served) -> list[tuple[str, Any]]:
     job = await served.reset(task={"id": "t-1"})
     _, result = await served.post("/v1/envs/0/step", {"prediction": CLICK})
     _, env = await served.get("/v1/envs/0")
+    _, lease = await served.post("/v1/leases", {})
     _, problem = await served.get("/v1/jobs/none")
     async with served.stream(f"/v1/jobs/{job['id']}/events") as reader:
         events = [json.loads(message.data) for message in (await reader.rest())[1:]]
@@ -84,6 +85,7 @@ async def answers(served: Served) -> list[tuple[str, Any]]:
         ("Job", job),
         ("StepResult", result),
         ("Env", env),
+        ("Lease", lease),
         ("Problem", problem),
         *(("Event", one) for one in events),
     ]
@@ -98,7 +100,12 @@ async def test_answers_are_as_their_schema_says(document: dict[str, Any]) -> Non
 
 
 async def test_a_body_that_its_schema_refuses_is_refused(document: dict[str, Any]) -> None:
-    bad: dict[str, Any] = {"ResetRequest": {"task": []}, "StepRequest": {"acts": []}, "LegacyStep": {}}
+    bad: dict[str, Any] = {
+        "ResetRequest": {"task": []},
+        "StepRequest": {"acts": []},
+        "LegacyStep": {},
+        "LeaseRequest": {"count": 0},
+    }
     for name, body in bad.items():
         with pytest.raises(jsonschema.ValidationError):
             fits(document, name, body)

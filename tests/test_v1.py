@@ -306,6 +306,7 @@ async def test_an_env_starts_empty() -> None:
             "waiting_job_id": None,
             "desktop": None,
             "episode": None,
+            "lease": None,
             "detail": "",
         }
         assert await served.get("/v1/envs") == (200, {"envs": [{"id": 0, **empty}, {"id": 1, **empty}]})

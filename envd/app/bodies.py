@@ -17,6 +17,7 @@ from starlette.requests import ClientDisconnect, HTTPConnection, Request
 from ..access import Caller
 from ..calls import Sent
 from ..errors import BodyTooLarge, BodyTooSlow, EnvdError, InvalidRequest, MalformedJson, UnknownEnv
+from ..leases import HEADER
 from ..service import Service
 from .gate import CALLER
 
@@ -97,6 +98,7 @@ def sent(request: Request, body: Any = None) -> Sent:
         fingerprint=hashlib.sha256(asked.encode()).hexdigest(),
         until=None if seconds is None else time.monotonic() + seconds,
         owner="" if caller is None else caller.name if caller.how == "token" else caller.address,
+        lease=request.headers.get(HEADER),
     )
 
 

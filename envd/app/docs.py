@@ -17,19 +17,22 @@ from starlette.routing import BaseRoute, Route
 
 from .. import __version__
 from ..errors import Problem, StartError, error_classes
+from ..leases import HEADER
 from ..models import (
     DrainRequest,
     Env,
     Event,
     Job,
     JobState,
+    Lease,
+    LeaseRequest,
     LinkRequest,
     ResetRequest,
     StepRequest,
     StepResult,
     Verdict,
 )
-from . import legacy, through, v1
+from . import leases, legacy, through, v1
 from .gate import LINK, SAFE
 from .sse import EventStream
 
@@ -40,6 +43,8 @@ MODELS: tuple[type[BaseModel], ...] = (
     Env,
     Event,
     Job,
+    Lease,
+    LeaseRequest,
     LinkRequest,
     Problem,
     ResetRequest,
@@ -55,6 +60,7 @@ BODIES: dict[str, type[BaseModel]] = {
     "/v1/envs/{env}/step": StepRequest,
     "/v1/drain": DrainRequest,
     "/v1/links": LinkRequest,
+    "/v1/leases": LeaseRequest,
     "/env/reset": legacy.LegacyReset,
     "/env/step": legacy.LegacyStep,
     "/env/evaluate": legacy.Slot,
@@ -89,6 +95,7 @@ DRAINING = _object({"draining": YES_OR_NO, "envs": _list(WHOLE)}, left_s={"type"
 READINESS = _object({"ready": YES_OR_NO, "reasons": _list(STRING), "warnings": _list(STRING)})
 LINKED: Schema = {"properties": {"links": {"type": "object", "additionalProperties": STRING}}, "required": ["links"]}
 JOB: Schema = {"allOf": [_ref(Job), LINKED]}
+LEASE: Schema = {"allOf": [_ref(Lease), LINKED]}
 VERDICT: Schema = {"allOf": [_ref(Verdict), LINKED]}
 JSON: dict[str, dict[int, Schema]] = {
     "/env/reset": {200: OBSERVATION},
@@ -108,6 +115,9 @@ JSON: dict[str, dict[int, Schema]] = {
     "/v1/jobs": {200: _object({"jobs": _list(_ref(Job))})},
     "/v1/jobs/{job}": {200: JOB},
     "/v1/jobs/{job}/cancel": {200: JOB, 202: JOB},
+    "/v1/leases": {200: _object({"leases": _list(_ref(Lease))}), 201: LEASE, 202: LEASE},
+    "/v1/leases/{lease}": {200: LEASE},
+    "/v1/leases/{lease}/renew": {200: LEASE},
     "/v1/links": {201: _object({"path": STRING})},
     "/v1/prewarm": {202: JOB},
     "/v1/queue": {200: _object({"booting": _list(_ref(Job)), "waiting": _list(_ref(Job)), "limit": WHOLE})},
@@ -142,8 +152,9 @@ PARAMETERS: dict[str, tuple[tuple[str, str, Schema], ...]] = {
     ),
     "/v1/jobs": (("query", "env", NOT_NEGATIVE), ("query", "state", {"enum": [state.value for state in JobState]})),
     "/v1/jobs/{job}/events": LAST_EVENT_ID,
+    "/v1/leases/{lease}": (("query", "after", NOT_NEGATIVE), ("query", "wait", NOT_NEGATIVE)),
     "/v1/events": LAST_EVENT_ID,
-    "/v1/envs/{env}/files": (("query", "path", STRING),),
+    "/v1/envs/{env}/files": (("query", "path", STRING), ("header", HEADER, STRING)),
     "/env/history_messages": (("query", "slot_id", {"type": "integer", "minimum": 0}),),
 }
 """Of GET: where each is, its name and what it may be."""
@@ -155,26 +166,27 @@ CALLS = frozenset(
         "/v1/envs/{env}/reset",
         "/v1/envs/{env}/step",
         "/v1/envs/{env}/evaluate",
+        "/v1/leases",
         "/v1/prewarm",
     }
 )
 """Whose POST is done once for a key, and answered within its caller's time."""
 OF_CALLS: tuple[tuple[str, str, Schema], ...] = (
     ("header", "Idempotency-Key", {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[!#-\\[\\]-~]+$"}),
+    ("header", HEADER, STRING),
     ("header", "X-Request-Deadline", {"type": "string", "pattern": "^[0-9]{1,7}([.][0-9]{1,9})?$"}),
 )
 IN_PATH: dict[str, Schema] = {
     "env": {"type": "integer", "minimum": 0},
     "job": STRING,
     "episode": STRING,
+    "lease": STRING,
     "path": STRING,
 }
 SECURITY: dict[str, Schema] = {
     "token": {"type": "http", "scheme": "bearer", "description": "ENVD_TOKEN, or one of ENVD_TOKEN_FILE."},
     "link": {"type": "apiKey", "in": "query", "name": LINK, "description": "As `POST /v1/links` answers it."},
 }
-BYTES = {"/v1/envs/{env}/files": "application/octet-stream", "/v1/envs/{env}/vnc/{path}": "*/*"}
-"""Paths whose answers are whatever the desktop has there."""
 
 
 @cache
@@ -183,7 +195,7 @@ def openapi_document() -> dict[str, Any]:
         [(model, "validation") for model in MODELS], ref_template="#/components/schemas/{model}"
     )
     paths: dict[str, dict[str, Any]] = {}
-    for route in (*legacy.routes, *v1.routes, *through.routes, *routes):
+    for route in (*legacy.routes, *v1.routes, *through.routes, *leases.routes, *routes):
         if not isinstance(route, Route):
             continue  # OpenAPI knows no websockets; each of ours has a path that is there for requests too
         methods = sorted((route.methods or set()) - {"HEAD"})

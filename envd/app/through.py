@@ -52,6 +52,7 @@ from ..models import Desktop
 from ..service import Service
 from .bodies import env_of, service_of
 from .gate import LINK, SAFE
+from .leases import require
 from .problems import refuse
 
 logger = structlog.get_logger(__name__)
@@ -188,6 +189,7 @@ class Files(_Endpoint):
     async def _serve(self, request: HTTPConnection, receive: Receive, send: Send) -> None:
         path = _file_path(request)
         if request.scope["method"] == "PUT":
+            require(request, env_of(request))
             await self._write(Request(request.scope, receive), path, send)
         else:
             await self._read(request, path, receive, send)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import AsyncGenerator
-from contextlib import aclosing
+from contextlib import AbstractAsyncContextManager, aclosing
 from pathlib import Path
 from typing import Any, Self, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
@@ -26,6 +26,7 @@ from ..models import Counts, Env, Event, Job, JobState, Model, StepResult, Verdi
 from .answers import Answer
 from .follow import follow, parsed_job
 from .handle import EnvHandle
+from .lease import TTL, held
 from .saving import Into
 from .transport import Deadline, OnRetry, Resend, Transport
 
@@ -101,6 +102,27 @@ class Client:
     def env(self, number: int = 0) -> EnvHandle:
         """A face of this client that speaks of one env."""
         return EnvHandle(self, number)
+
+    def lease(
+        self,
+        count: int = 1,
+        *,
+        ttl_s: float = TTL,
+        wait_s: float | None = None,
+        owner: str | None = None,
+    ) -> AbstractAsyncContextManager[list[EnvHandle]]:
+        """`async with client.lease(4) as envs:` has `count` envs for itself, all or none, for as long as the block
+        lasts; their handles play under the lease, which is renewed meanwhile and released at the end. Then their
+        episodes end and their desktops are gone.
+
+        ttl_s   how long the envs are kept from others when this process dies
+        wait_s  how long to wait for so many envs at once; None waits as long as it takes
+        owner   for whom, where no token says that: owners are served in turns
+
+        Raises LeaseUnavailable when `wait_s` is over. When the lease is lost the block is cancelled, and LeaseOver
+        raised in its place.
+        """
+        return held(self, count, ttl_s=ttl_s, wait_s=wait_s, owner=owner)
 
     # Jobs
 

@@ -137,6 +137,7 @@ class Transport:
         *,
         body: Any = None,
         params: dict[str, str] | None = None,
+        headers: dict[str, str] | None = None,
         resend: Resend = Resend.ALWAYS,
         deadline: Deadline,
         attempt_timeout: float | None = None,
@@ -159,7 +160,9 @@ class Transport:
         silent_since: float | None = None
         while True:
             try:
-                answer = await self._attempt(method, path, content, params, deadline, attempt_timeout, limit, into, key)
+                answer = await self._attempt(
+                    method, path, content, params, headers or {}, deadline, attempt_timeout, limit, into, key
+                )
                 if answer.ok or answer.status in accept:
                     return answer
                 error = answer.error()
@@ -212,6 +215,7 @@ class Transport:
         path: str,
         content: bytes | None,
         params: dict[str, str] | None,
+        headers: dict[str, str],
         deadline: Deadline,
         attempt_timeout: float | None,
         limit: int,
@@ -220,7 +224,7 @@ class Transport:
     ) -> Answer:
         left = deadline.left_or_none
         total = min((t for t in (left, attempt_timeout) if t is not None), default=None)
-        headers = {"Content-Type": "application/json"} if content is not None else {}
+        headers = headers | ({"Content-Type": "application/json"} if content is not None else {})
         headers |= {"Idempotency-Key": key} if key else {}
         headers |= {"X-Request-Deadline": f"{total:.3f}"} if total is not None and method == "POST" else {}
         request = f"{method} {self.url}{path}"
