@@ -91,7 +91,7 @@ class Service:
         """(monotonic) until when episodes may go on once there is no new work."""
         self.on_drain: Callable[[], None] = lambda: signal.raise_signal(signal.SIGTERM)
         self.streams = 0
-        self._running = self._leaving = False
+        self._running = False
 
     async def run(self, started: Callable[[], None]) -> None:
         """Recover, call `started`, serve until cancelled; then destroy every desktop that would die with us, unless all
@@ -114,7 +114,8 @@ class Service:
                 started()
         finally:
             self._running = False
-            if not self._leaving:
+            # After a mistake of ours, too, what the next life can take up is left to it.
+            if not self.settings.keep_desktops:
                 with anyio.move_on_after(CLEAR_LIMIT, shield=True):
                     await self.fleet.clear()
                 if left := [desktop.id for desktop in self.fleet.desktops()]:
@@ -215,7 +216,6 @@ class Service:
             waiting.cancel_scope.cancel()
         self.draining.set()
         if self.settings.keep_desktops:
-            self._leaving = True
             self.queue.leave()
             self.fleet.leave()
         self.events.close()

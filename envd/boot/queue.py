@@ -707,7 +707,10 @@ class BootQueue:
 
     def _remember(self, boot: _Boot) -> None:
         """How long it took, by what is expected of a job that is planned as it was: a restore that became a boot, and a
-        boot that first made what it was restored from, took as long as a boot."""
+        boot that first made what it was restored from, took as long as a boot. Of one that an earlier life began nobody
+        knows how long it stood still."""
+        if boot.resumes:
+            return
         both = {boot.planned, boot.path}
         self.estimates.booted(ResetPath.COLD if ResetPath.COLD in both else boot.path, boot.elapsed)
         if self._tasks is not None:
