@@ -601,6 +601,9 @@ class Fleet:
             pause = min(pause * 2, 60)
         self._forget(desktop.id)
         entry.gone.set()
+        self._tell_gone(desktop, why)
+
+    def _tell_gone(self, desktop: Desktop, why: str) -> None:
         self._events.publish(
             "desktop", env=desktop.env, desktop_id=desktop.id, state="gone", why=why, message="desktop gone"
         )
@@ -628,6 +631,7 @@ class Fleet:
         kept = await self._store.all(Kind.DESKTOPS, KeptDesktop)
         for desktop_id in kept.keys() - found:
             self._store.put(Kind.DESKTOPS, desktop_id, None)
+            self._tell_gone(kept[desktop_id].desktop, "it did not outlive the daemon")
         taken: list[_Entry] = []
         unwanted: list[str] = []
         for desktop_id in sorted(found):

@@ -1,0 +1,349 @@
+"""The crash matrix: a daemon is killed at every transaction of its journal and at every call of its driver while it
+serves a reset, steps and an evaluation, one point in each run, and is started again. Whoever calls and watches it
+notices nothing but the time that takes: see `check`.
+
+The points are enumerated: a run that is not killed counts them, and what is counted (a transaction is what happened to
+wait for the disk together) is followed until a run comes to its end without being struck.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from signal import SIGKILL
+from typing import Any
+
+import pytest
+from crash_client import Client, client, told_by
+from crash_points import BEGIN, GRADE, POINTS, STRIKE, Nursery, nursery
+from daemon_process import DaemonProcess
+from figures import FIGURES
+
+from envd.drivers.sim import Entry
+from envd.drivers.sim.hosted import HostGone, SimHost
+
+pytestmark = pytest.mark.timeout(600)
+AT_ONCE = 2 * (os.cpu_count() or 1)
+"""Runs. Each waits as long as it works."""
+RUN_LIMIT = 12.0
+"""Seconds that one may take, on a machine that is busy with other things."""
+ENV = {
+    "ENVD_SIM": "outlive,linger=30,create=0.05",
+    "ENVD_SCREEN": "160x120",
+    "ENVD_ACTION_PAUSE": "0",
+    "ENVD_SETTLE_QUIET": "0",
+    "ENVD_LOG_FORMAT": "json",
+    "ENVD_DRAIN_LIMIT": "0",
+    "ENVD_ENVS": "1",
+}
+STEPS = ("alpha ", "beta ")
+TASK = {
+    "id": "t-1",
+    "instruction": "Type.",
+    "config": [{"type": "execute", "parameters": {"command": ["true"]}}],
+    "evaluator": {"func": "infeasible"},
+}
+JUDGED = TASK | {
+    "evaluator": {
+        "postconfig": [{"type": "execute", "parameters": {"command": ["true"]}}],
+        "func": "exact_match",
+        "result": {"type": "vm_command_line", "command": "true"},
+        "expected": {"type": "rule", "rules": {"expected": ""}},
+    }
+}
+
+
+@dataclass
+class Run:
+    """One run. `host` looks at the desktops; what `play` finds is kept for `check`."""
+
+    state: Path
+    nursery: Nursery
+    strike: str
+    armed_life: int = 0
+    env: Mapping[str, str] = field(default_factory=dict)
+    jobs: list[str] = field(default_factory=list)
+    typed: str = ""
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    verdicts: list[dict[str, Any]] = field(default_factory=list)
+    again_at: float | None = None
+    """When (monotonic) the second reset was asked for."""
+    entries: list[Entry] = field(default_factory=list)
+    """What the sim host did."""
+
+    @property
+    def passed(self) -> Path:
+        return self.state.parent / "points"
+
+    @property
+    def begins(self) -> Path:
+        return self.state.parent / "begin"
+
+    async def begin(self, life: int) -> DaemonProcess:
+        armed = {POINTS: str(self.passed), STRIKE: self.strike} if life == self.armed_life else {}
+        return await self.nursery.daemon(self.state, {**ENV, **self.env, **armed})
+
+    def points(self) -> list[str]:
+        """Those that were passed, and what they were about."""
+        return self.passed.read_text().splitlines() if self.passed.exists() else []
+
+    async def reset(self, caller: Client, task: Mapping[str, Any], host: SimHost) -> str:
+        """The id of its desktop, once it has succeeded."""
+        key = f"reset-{len(self.jobs)}"
+        job = await caller.post("/v1/envs/0/reset", {"task": task}, key)
+        self.jobs.append(job["id"])
+        ended = await caller.job(job["id"])
+        assert ended["state"] == "succeeded", ended
+        assert (await caller.post("/v1/envs/0/reset", {"task": task}, key))["id"] == job["id"]
+        assert set(await host.ask("list")) >= {ended["desktop_id"]}
+        return str(ended["desktop_id"])
+
+    async def step(self, caller: Client, number: int) -> None:
+        body = {"actions": [f"pyautogui.write({STEPS[number - 1]!r})"], "step": number, "include_screenshot": False}
+        self.steps.append(await caller.post("/v1/envs/0/step", body, f"step-{number}"))
+        assert await caller.post("/v1/envs/0/step", body, f"step-{number}") == self.steps[-1]
+
+    async def evaluate(self, caller: Client) -> None:
+        self.verdicts += [await caller.post("/v1/envs/0/evaluate", key="evaluate") for _ in "12"]
+        episode_id = self.verdicts[0]["episode_id"]
+        self.verdicts.append(await caller.get(f"/v1/episodes/{episode_id}/verdict"))
+
+
+Play = Callable[[Run, Client, SimHost], Awaitable[None]]
+
+
+async def episode_and_reset(run: Run, caller: Client, host: SimHost) -> None:
+    desktop = await run.reset(caller, TASK, host)
+    await run.step(caller, 1)
+    await run.step(caller, 2)
+    await run.evaluate(caller)
+    run.typed = await host.typed(desktop)
+    run.again_at = time.monotonic()
+    await run.reset(caller, TASK, host)
+    await caller.saw(lambda event: event.data["desktop_id"] == desktop and event.data["data"].get("state") == "gone")
+
+
+async def episode_over_lives(run: Run, caller: Client, host: SimHost) -> None:
+    """The life that is armed takes up an episode; a boot is under way when the one after it comes."""
+    desktop = await run.reset(caller, TASK, host)
+    await run.step(caller, 1)
+    caller.lives[-1].process.signal(SIGKILL)
+    await run.step(caller, 2)
+    await run.evaluate(caller)
+    run.typed = await host.typed(desktop)
+
+
+async def boot_over_lives(run: Run, caller: Client, host: SimHost) -> None:
+    """The life that is armed takes up a boot."""
+    asked = asyncio.create_task(run.reset(caller, TASK, host))
+    while not await host.ask("list"):  # noqa: ASYNC110 - another process's doing
+        await asyncio.sleep(0.01)
+    caller.lives[-1].process.signal(SIGKILL)
+    await asked
+
+
+async def judged_episode(run: Run, caller: Client, host: SimHost) -> None:
+    """Points count from its evaluation on, for which something is done to the desktop."""
+    await run.reset(caller, JUDGED, host)
+    run.begins.touch()
+    await run.evaluate(caller)
+
+
+@dataclass
+class Outcome:
+    point: str
+    about: str = ""
+    struck: bool = False
+    came: str = ""
+    failure: str = ""
+    passed: list[str] = field(default_factory=list)
+
+
+async def outcome_of(run: Run, play: Play, expected_lives: int) -> Outcome:
+    """Play it, with one kill at its point, end the daemon as it should end, and see that all is as it should be."""
+    outcome = Outcome(run.strike)
+    run.state.parent.mkdir(parents=True)
+    await run.nursery.sim_host(run.state)
+    async with SimHost(run.state) as host:
+        async with client(run.begin) as (caller, living):
+            try:
+                async with asyncio.timeout(RUN_LIMIT):
+                    await play(run, caller, host)
+                    left = set(await host.ask("list"))
+                    if left:
+                        run.entries = await host.journal()
+                    await caller.stopped(living)
+                    check(run, caller, left)
+                    assert await all_gone(host)
+            except (AssertionError, TimeoutError, HostGone) as error:
+                outcome.failure = f"{type(error).__name__}: {error}\n{told_by(caller)}"
+        outcome.passed = run.points()
+        outcome.struck = caller.killed >= expected_lives
+        outcome.about = next((line.partition("\t")[2] for line in outcome.passed if line.startswith(run.strike + "\t")), "")
+        outcome.came = came_of(run, caller)
+    return outcome
+
+
+async def all_gone(host: SimHost) -> bool:
+    """Whether no desktop is left: the host ends when there is none."""
+    try:
+        return not await host.ask("list")
+    except HostGone:
+        return True
+
+
+def came_of(run: Run, caller: Client) -> str:
+    """In a few words, what it was for the client."""
+    words = []
+    if run.steps and any(step["actions"][0]["outcome"] != "ok" for step in run.steps):
+        words.append("a step is unknown")
+    for job in run.jobs:
+        notes = [one.data["data"].get("message", "") for one in caller.seen if one.data["job_id"] == job]
+        if any("begins again, on a fresh desktop" in note for note in notes):
+            words.append("the reset begins again")
+        if any("the boot goes on" in note for note in notes):
+            words.append("the boot goes on")
+    if run.verdicts and run.verdicts[0]["mask"]:
+        words.append(f"the verdict is {run.verdicts[0]['code']}")
+    return ", ".join(words) or "nothing is seen of it"
+
+
+def check(run: Run, caller: Client, left: set[str]) -> None:
+    """What must be so whatever was struck."""
+    caller.check_stream()
+    caller.check_lives()
+    # Each job is one, and ends once.
+    begun = {one.data["job_id"] for one in caller.seen if one.data["job_id"]}
+    assert begun == set(run.jobs)
+    assert caller.ends() == Counter(run.jobs)
+    # One desktop at the end, and never more than one for each job that needs it.
+    assert len(left) == 1
+    check_desktops(run, caller)
+    # Input is sent once.
+    for number, (step, text) in enumerate(zip(run.steps, STEPS, strict=False), start=1):
+        [action] = step["actions"]
+        count = run.typed.count(text)
+        assert step["step"] == number
+        assert (action["outcome"], count) in (("ok", 1), ("unknown", 0), ("unknown", 1)), (step, run.typed)
+        assert len(caller.of("step", step=number)) == 1
+    # One verdict, told alike whenever it is asked for, and told once.
+    if run.verdicts:
+        assert all(verdict == run.verdicts[0] for verdict in run.verdicts)
+        assert len(caller.of("verdict", episode_id=run.verdicts[0]["episode_id"])) == 1
+    began = [one.data["data"]["episode_id"] for one in caller.of("episode", state="began")]
+    assert len(began) == len(set(began)) == len(run.jobs)
+
+
+def check_desktops(run: Run, caller: Client) -> None:
+    alive: set[str] = set()
+    made: Counter[str] = Counter()
+    for at, verb, instance in run.entries:
+        if verb == "create-begin":
+            alive.add(instance)
+            made[instance] += 1
+        elif verb == "destroy-end":
+            alive.discard(instance)
+        again = run.again_at is not None and at > run.again_at
+        assert len(alive) <= (2 if again else 1), run.entries
+    assert set(made.values()) == {1}
+    # A second one for a job is made when it was being set up, and so used, on the first.
+    of_job = {job: desktops_of(caller, job) for job in run.jobs}
+    assert set(made) == {one for desktops in of_job.values() for one in desktops if one in made}
+    for job, desktops in of_job.items():
+        wasted = [one for one in desktops if one in made][:-1]
+        for one in wasted:
+            states = [event.data["job"]["state"] for event in caller.seen if is_about(event.data, job, one)]
+            assert states[-1] == "setting_up", (job, one, states)
+
+
+def desktops_of(caller: Client, job: str) -> list[str]:
+    """In the order in which it had them."""
+    had = [one.data["job"]["desktop_id"] for one in caller.seen if one.data["job_id"] == job]
+    return list(dict.fromkeys(filter(None, had)))
+
+
+def is_about(event: Mapping[str, Any], job: str, desktop: str) -> bool:
+    return event["job_id"] == job and event["job"]["desktop_id"] == desktop
+
+
+async def enumerated(
+    folder: Path, play: Play, kinds: Callable[[str], bool], *, armed_life: int = 0, **env: str
+) -> list[Outcome]:
+    """What came of a run for each point that `kinds` likes: first of one that is not struck, the others as far as they
+    go."""
+    async with nursery() as daemons:
+        expected = armed_life + 1
+
+        async def of(strike: str) -> Outcome:
+            async with turn:
+                where = folder / (strike.replace(" ", "-") or "whole") / "state"
+                own = {name: value.format(folder=where.parent) for name, value in env.items()}
+                return await outcome_of(Run(where, daemons, strike, armed_life, own), play, expected)
+
+        turn = asyncio.Semaphore(AT_ONCE)
+        whole = await of("")
+        assert not whole.failure, whole.failure
+        assert whole.came == "nothing is seen of it" or armed_life
+        known = [line.partition("\t")[0] for line in whole.passed]
+        outcomes = list(await asyncio.gather(*(of(point) for point in known if kinds(point))))
+        # There may be more in one run than in another.
+        for what, when in sorted({(point.split()[0], point.split()[2]) for point in known if kinds(point)}):
+            first = 1 + max(int(point.split()[1]) for point in known if point.startswith(f"{what} "))
+            for number in itertools.count(first):
+                more = await of(f"{what} {number} {when}")
+                if not (more.struck or more.failure):
+                    break
+                outcomes.append(more)
+        return outcomes
+
+
+def tell(title: str, outcomes: list[Outcome]) -> None:
+    """Keep the table for the end of the tests, and fail for what failed."""
+    struck = [one for one in outcomes if one.struck]
+    FIGURES.append(f"crash matrix, {title}: {len(struck)} points struck")
+    by = Counter((" ".join((one.point.split()[0], one.point.split()[2])), one.came) for one in struck)
+    FIGURES.extend(f"  {point:24} {count:4}  {came}" for (point, came), count in sorted(by.items()))
+    failed = [f"=== {one.point} ({one.about}): {one.failure}" for one in outcomes if one.failure]
+    assert not failed, f"{len(failed)} of {len(outcomes)}\n" + "\n".join(failed)
+    assert struck
+
+
+def of_the_journal(point: str) -> bool:
+    return point.startswith("journal ")
+
+
+def of_the_driver(point: str) -> bool:
+    return not of_the_journal(point)
+
+
+async def test_at_every_write_of_the_journal(tmp_path: Path) -> None:
+    tell("journal", await enumerated(tmp_path, episode_and_reset, of_the_journal))
+
+
+async def test_at_every_call_of_the_driver(tmp_path: Path) -> None:
+    tell("driver", await enumerated(tmp_path, episode_and_reset, of_the_driver))
+
+
+async def test_at_every_renewal(tmp_path: Path) -> None:
+    renews = {"ENVD_SIM": f"{ENV['ENVD_SIM']},renews"}
+    tell("renewal", await enumerated(tmp_path, episode_and_reset, lambda point: point.startswith("renew "), **renews))
+
+
+async def test_while_an_episode_is_taken_up(tmp_path: Path) -> None:
+    tell("episode taken up", await enumerated(tmp_path, episode_over_lives, lambda point: True, armed_life=1))
+
+
+async def test_while_a_boot_is_taken_up(tmp_path: Path) -> None:
+    slow = {"ENVD_SIM": "outlive,linger=30,create=0.05,boot=0.5"}
+    tell("boot taken up", await enumerated(tmp_path, boot_over_lives, lambda point: True, armed_life=1, **slow))
+
+
+async def test_while_a_desktop_is_judged(tmp_path: Path) -> None:
+    how = {GRADE: "1.0", BEGIN: "{folder}/begin"}
+    tell("judging", await enumerated(tmp_path, judged_episode, lambda point: True, **how))
