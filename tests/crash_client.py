@@ -13,7 +13,6 @@ from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from signal import SIGKILL, SIGTERM
 from typing import Any
 
@@ -138,7 +137,8 @@ class Client:
             life = self.lives[-1]
             if self._serving.is_set():
                 self.stop()
-                await asyncio.wait([asyncio.create_task(life.process.process.wait()), living])
+                ended = asyncio.create_task(life.process.process.wait())
+                await asyncio.wait([ended, living], return_when=asyncio.FIRST_COMPLETED)
             await asyncio.sleep(0.01)
         await living
 

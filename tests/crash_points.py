@@ -2,10 +2,13 @@
 start. `arm` does so in the daemon's process; `Nursery` starts such daemons, each a fork of one process that has
 imported everything, since hundreds of them are needed.
 
-    journal 7 begins        the seventh transaction has not begun
-    journal 7 uncommitted   its rows are written, and are not there for the next life
-    journal 7 committed     they are, and nobody was told
-    create 1 before, create 1 amid, create 1 after      the driver was not asked, is being asked, has answered
+    journal: verdicts, event verdict #1 begins        the first transaction of these has not begun
+    journal: verdicts, event verdict #1 uncommitted   the disk is slow; the rows are not there for the next life
+    journal: verdicts, event verdict #1 committed     they are, and nobody was told
+    create #2 before, create #2 amid, create #2 after the driver was not asked, is being asked, has answered
+
+Until it is killed a daemon that is armed writes to a disk that takes no time: a transaction has what changed at once,
+and not what happened to wait together, so that each that can be alone is, and they are the same from run to run.
 """
 
 from __future__ import annotations
@@ -18,8 +21,9 @@ import signal
 import socket
 import sys
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -54,14 +58,21 @@ class Points:
         self._numbers[what] += 1
         return self._numbers[what]
 
-    def at(self, what: str, number: int, when: str, about: str = "") -> None:
+    def kills(self, what: str, number: int, when: str) -> bool:
+        """Whether that point is the one. It is noted down."""
+        point = f"{what} #{number} {when}"
+        if number:
+            os.write(self._passed, f"{point}\n".encode())
+        return point == self._strike
+
+    def at(self, what: str, number: int, when: str) -> None:
         """Does not return from the point that kills."""
-        if not number:
-            return
-        point = f"{what} {number} {when}"
-        os.write(self._passed, f"{point}\t{about}\n".encode())
-        if point == self._strike:
-            os.kill(os.getpid(), signal.SIGKILL)
+        if self.kills(what, number, when):
+            die()
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def arm() -> None:
@@ -80,24 +91,49 @@ def arm() -> None:
 
 
 def _arm_journal(points: Points) -> None:
-    write, execute = Journal._write, aiosqlite.Connection.execute
-    now = [0, ""]
-
-    def counted_execute(self: aiosqlite.Connection, sql: str, *parameters: Any) -> Any:
-        if sql == "COMMIT":
-            points.at("journal", cast(int, now[0]), "uncommitted", cast(str, now[1]))
-        return execute(self, sql, *parameters)
+    connect, write = aiosqlite.connect, Journal._write
 
     async def counted(self: Journal, batch: Any) -> None:
-        kinds = [*(["jobs"] if batch.jobs else []), *sorted({str(kind) for kind, _ in batch.records})]
-        about = ", ".join([*kinds, *(f"event {event.kind}" for event in batch.events)])
-        now[:] = number, _ = points.number("journal"), about
-        points.at("journal", number, "begins", about)
-        await write(self, batch)
-        points.at("journal", number, "committed", about)
+        kinds = {str(kind) for kind, _ in batch.records} | ({"jobs"} if batch.jobs else set())
+        what = "journal: " + ", ".join([*sorted(kinds), *sorted({f"event {event.kind}" for event in batch.events})])
+        number = points.number(what)
 
+        async def before_commit() -> None:
+            if points.kills(what, number, "uncommitted"):
+                # Whoever does not wait for it goes on meanwhile.
+                await asyncio.sleep(AMID)
+                die()
+
+        points.at(what, number, "begins")
+        database = self._database
+        self._database = cast(aiosqlite.Connection, _AtOnce(database, before_commit))
+        try:
+            await write(self, batch)
+        finally:
+            self._database = database
+        points.at(what, number, "committed")
+
+    aiosqlite.connect = partial(connect, check_same_thread=False)
     Journal._write = counted  # type: ignore[method-assign]
-    aiosqlite.Connection.execute = counted_execute  # type: ignore[method-assign, assignment]
+
+
+class _AtOnce:
+    """A database that is written to without letting anything else happen meanwhile."""
+
+    def __init__(self, database: aiosqlite.Connection, before_commit: Callable[[], Awaitable[None]]) -> None:
+        self._database = database
+        self._before_commit = before_commit
+
+    async def execute(self, sql: str) -> None:
+        if sql == "COMMIT":
+            await self._before_commit()
+        self._database._conn.execute(sql)
+
+    async def executemany(self, sql: str, rows: Iterable[Any]) -> None:
+        self._database._conn.executemany(sql, rows)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._database, name)
 
 
 def _counted(points: Points, name: str, method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
@@ -222,10 +258,6 @@ async def nursery() -> AsyncIterator[Nursery]:
 
 def bear(handle: int) -> None:
     """Fork what is asked for through the socket `handle`, until it is closed, and tell how each ended. Blocks."""
-    import envd.app
-    import envd.cli
-    import envd.daemon
-    import envd.drivers.sim.host
 
     asked = socket.socket(fileno=handle)
 
