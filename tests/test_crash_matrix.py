@@ -20,12 +20,16 @@ from signal import SIGKILL
 from typing import Any
 
 import pytest
+from anyio import to_thread
 from crash_client import Client, client, told_by
 from crash_points import BEGIN, GRADE, POINTS, STRIKE, Nursery, nursery
 from daemon_process import DaemonProcess
+from docker_engine import docker
 from figures import FIGURES
 
+from envd.drivers.docker.recipes import DAEMON, DESKTOP
 from envd.drivers.sim import Entry
+from envd.drivers.sim.driver import Verb
 from envd.drivers.sim.hosted import HostGone, SimHost
 
 pytestmark = pytest.mark.timeout(600)
@@ -44,6 +48,7 @@ ENV = {
     "ENVD_DRAIN_LIMIT": "0",
     "ENVD_ENVS": "1",
 }
+DOCKER = {"PROVIDER": "docker", "ENVD_DOCKER_IMAGE": "envd/desktop", "ENVD_SIM": "", "ENVD_SCREEN": "800x600"}
 STEPS = ("alpha ", "beta ")
 TASK = {
     "id": "t-1",
@@ -82,6 +87,39 @@ class Desktops:
         async with SimHost(self._state) as host:
             return await host.journal()
 
+    async def clear(self) -> None:
+        """Its host ends by itself."""
+
+
+class Containers(Desktops):
+    """The same of docker desktops."""
+
+    def __init__(self, state: Path) -> None:
+        super().__init__(state)
+        self._began = int(time.time())
+
+    @property
+    def _mine(self) -> str:
+        return f"label={DAEMON}={(self._state / 'daemon-id').read_text().strip()}"
+
+    async def there(self) -> set[str]:
+        shown = '{{.Label "' + DESKTOP + '"}}'
+        return set((await to_thread.run_sync(docker, "ps", "--all", "--filter", self._mine, "--format", shown)).split())
+
+    async def clear(self) -> None:
+        """For a test that failed."""
+        left = await to_thread.run_sync(docker, "ps", "--all", "--quiet", "--filter", self._mine)
+        if left:
+            await to_thread.run_sync(docker, "rm", "--force", "--volumes", *left.split())
+
+    async def entries(self) -> list[Entry]:
+        shown = '{{.TimeNano}} {{.Action}} {{index .Actor.Attributes "' + DESKTOP + '"}}'
+        when = ("--since", str(self._began), "--until", str(int(time.time()) + 1))
+        about = ("--filter", self._mine, "--filter", "event=create", "--filter", "event=destroy", "--format", shown)
+        told = (await to_thread.run_sync(docker, "events", *when, *about)).splitlines()
+        verbs: dict[str, Verb] = {"create": "create-begin", "destroy": "destroy-end"}
+        return [Entry(0.0, verbs[action], name) for _, action, name in sorted(line.split() for line in told)]
+
 
 @dataclass
 class Run:
@@ -91,9 +129,11 @@ class Run:
     nursery: Nursery
     strike: str
     armed_life: int = 0
+    adopts: bool = True
+    """Whether the driver takes over whatever is there."""
     env: Mapping[str, str] = field(default_factory=dict)
     jobs: list[str] = field(default_factory=list)
-    typed: str = ""
+    typed: str | None = None
     steps: list[dict[str, Any]] = field(default_factory=list)
     verdicts: list[dict[str, Any]] = field(default_factory=list)
     again_at: float | None = None
@@ -182,6 +222,23 @@ async def judged_episode(run: Run, caller: Client, host: Desktops) -> None:
     await run.evaluate(caller)
 
 
+async def docker_episode(run: Run, caller: Client, host: Desktops) -> None:
+    await run.reset(caller, TASK, host)
+    await run.step(caller, 1)
+
+
+async def docker_episode_over_lives(run: Run, caller: Client, host: Desktops) -> None:
+    """The life that is armed finds a desktop. It goes on with it, or the env is lost and is reset again."""
+    await run.reset(caller, TASK, host)
+    caller.lives[-1].process.signal(SIGKILL)
+    await caller.lives[-1].process.ended()
+    while (env := await caller.get("/v1/envs/0"))["state"] not in ("playing", "lost"):  # noqa: ASYNC110
+        await asyncio.sleep(0.05)
+    if env["state"] == "lost":
+        await run.reset(caller, TASK, host)
+    await run.step(caller, 1)
+
+
 @dataclass
 class Outcome:
     point: str
@@ -195,19 +252,33 @@ async def outcome_of(run: Run, play: Play, expected_lives: int) -> Outcome:
     """Play it, with one kill at its point, end the daemon as it should end, and see that all is as it should be."""
     outcome = Outcome(run.strike)
     run.state.parent.mkdir(parents=True)
-    await run.nursery.sim_host(run.state)
-    desktops = Desktops(run.state)
+    desktops = Containers(run.state) if run.env.get("PROVIDER") == "docker" else Desktops(run.state)
+    if not isinstance(desktops, Containers):
+        await run.nursery.sim_host(run.state)
     async with client(run.begin) as (caller, living):
+
+        async def watched() -> None:
+            await caller.opened.wait()
+            await play(run, caller, desktops)
+
+        playing = asyncio.create_task(watched())
         try:
             async with asyncio.timeout(RUN_LIMIT):
-                await play(run, caller, desktops)
+                await asyncio.wait([playing, living], return_when=asyncio.FIRST_COMPLETED)
+                if not playing.done():
+                    playing.cancel()
+                    raise AssertionError(f"the daemon ended by itself: {living!r}")
+                await playing
                 left = await desktops.there()
                 run.entries = await desktops.entries()
                 await caller.stopped(living)
                 check(run, caller, left)
                 assert await desktops.there() == set()
         except (AssertionError, TimeoutError, OSError) as error:
+            playing.cancel()
             outcome.failure = f"{type(error).__name__}: {error}\n{told_by(caller)}"
+    if outcome.failure:
+        await desktops.clear()
     outcome.passed = run.points()
     outcome.struck = caller.killed >= expected_lives
     outcome.came = came_of(run, caller)
@@ -244,9 +315,10 @@ def check(run: Run, caller: Client, left: set[str]) -> None:
     # Input is sent once.
     for number, (step, text) in enumerate(zip(run.steps, STEPS, strict=False), start=1):
         [action] = step["actions"]
-        count = run.typed.count(text)
         assert step["step"] == number
-        assert (action["outcome"], count) in (("ok", 1), ("unknown", 0), ("unknown", 1)), (step, run.typed)
+        if run.typed is not None:
+            typed = action["outcome"], run.typed.count(text)
+            assert typed in (("ok", 1), ("unknown", 0), ("unknown", 1)), (step, run.typed)
         assert len(caller.of("step", step=number)) == 1
     # One verdict, told alike whenever it is asked for, and told once.
     if run.verdicts:
@@ -275,7 +347,7 @@ def check_desktops(run: Run, caller: Client) -> None:
         wasted = [one for one in desktops if one in made][:-1]
         for one in wasted:
             states = [event.data["job"]["state"] for event in caller.seen if is_about(event.data, job, one)]
-            assert states[-1] == "setting_up", (job, one, states)
+            assert states[-1] == "setting_up" or not run.adopts, (job, one, states)
 
 
 def desktops_of(caller: Client, job: str) -> list[str]:
@@ -302,7 +374,8 @@ async def enumerated(
                 where = folder / str(next(numbers))
                 own = {name: value.format(folder=where) for name, value in env.items()}
                 tries[strike] += 1
-                return await outcome_of(Run(where / "state", daemons, strike, armed_life, own), play, armed_life + 1)
+                run = Run(where / "state", daemons, strike, armed_life, own.get("PROVIDER") != "docker", own)
+                return await outcome_of(run, play, armed_life + 1)
 
         whole = await of("")
         assert not whole.failure, whole.failure
@@ -361,3 +434,21 @@ async def test_while_a_boot_is_taken_up(tmp_path: Path) -> None:
 async def test_while_a_desktop_is_judged(tmp_path: Path) -> None:
     how = {GRADE: "1.0", BEGIN: "{folder}/begin"}
     tell("judging", await enumerated(tmp_path, judged_episode, lambda point: True, **how))
+
+
+@pytest.mark.docker
+async def test_at_calls_of_the_docker_driver(tmp_path: Path) -> None:
+    def wanted(point: str) -> bool:
+        return point.startswith(("create ", "destroy "))
+
+    tell("docker", await enumerated(tmp_path, docker_episode, wanted, **DOCKER))
+
+
+@pytest.mark.docker
+async def test_while_a_docker_desktop_is_taken_up(tmp_path: Path) -> None:
+    def wanted(point: str) -> bool:
+        return point.startswith(("adopt ", "list "))
+
+    tell(
+        "docker desktop taken up", await enumerated(tmp_path, docker_episode_over_lives, wanted, armed_life=1, **DOCKER)
+    )
