@@ -646,6 +646,7 @@ class Fleet:
         async with anyio.create_task_group() as adopting:
             for entry in taken:
                 adopting.start_soon(self._adopt, entry)
+        unwanted += [entry.desktop.id for entry in taken if entry.removing]
         with anyio.move_on_after(SWEEP):
             for desktop_id in unwanted:
                 await self.gone(desktop_id)
