@@ -31,8 +31,10 @@ import aiosqlite
 from daemon_process import DaemonProcess, environment
 
 import envd.service
+from envd.drivers import make_driver
 from envd.drivers.base import Driver
 from envd.journal import Journal
+from envd.settings import Settings
 from envd.tasks.evaluating import Evaluators, Grade, Preparation
 
 CALLS = ("create", "renew", "adopt", "destroy", "list", "wait", "admit", "log_tail")
@@ -79,15 +81,14 @@ def arm() -> None:
     """Count points in this process as its environment says, and die at one."""
     points = Points(os.environ[POINTS], os.environ.get(STRIKE, ""), os.environ.get(BEGIN, ""))
     _arm_journal(points)
-    made = envd.service.make_driver
 
-    def make(*about: Any) -> Driver:
-        driver = made(*about)
+    def make(settings: Settings, daemon_id: str) -> Driver:
+        driver = make_driver(settings, daemon_id)
         for name in CALLS:
             setattr(driver, name, _counted(points, name, getattr(driver, name)))
         return driver
 
-    envd.service.make_driver = make
+    vars(envd.service)["make_driver"] = make
 
 
 def _arm_journal(points: Points) -> None:

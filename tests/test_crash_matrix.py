@@ -357,11 +357,11 @@ def desktops_of(caller: Client, job: str) -> list[str]:
 
 
 def is_about(event: Mapping[str, Any], job: str, desktop: str) -> bool:
-    return event["job_id"] == job and event["job"]["desktop_id"] == desktop
+    return bool(event["job_id"] == job and event["job"]["desktop_id"] == desktop)
 
 
 async def enumerated(
-    folder: Path, play: Play, kinds: Callable[[str], bool], *, armed_life: int = 0, **env: str
+    folder: Path, play: Play, kinds: Callable[[str], bool], env: Mapping[str, str] = ENV, *, armed_life: int = 0
 ) -> list[Outcome]:
     """What came of a run for each point that `kinds` likes."""
     numbers, turn = itertools.count(), asyncio.Semaphore(AT_ONCE)
@@ -419,7 +419,7 @@ async def test_at_every_call_of_the_driver(tmp_path: Path) -> None:
 
 async def test_at_every_renewal(tmp_path: Path) -> None:
     renews = {"ENVD_SIM": f"{ENV['ENVD_SIM']},renews"}
-    tell("renewal", await enumerated(tmp_path, episode_and_reset, lambda point: point.startswith("renew "), **renews))
+    tell("renewal", await enumerated(tmp_path, episode_and_reset, lambda point: point.startswith("renew "), renews))
 
 
 async def test_while_an_episode_is_taken_up(tmp_path: Path) -> None:
@@ -428,12 +428,12 @@ async def test_while_an_episode_is_taken_up(tmp_path: Path) -> None:
 
 async def test_while_a_boot_is_taken_up(tmp_path: Path) -> None:
     slow = {"ENVD_SIM": "outlive,linger=30,create=0.05,boot=0.5"}
-    tell("boot taken up", await enumerated(tmp_path, boot_over_lives, lambda point: True, armed_life=1, **slow))
+    tell("boot taken up", await enumerated(tmp_path, boot_over_lives, lambda point: True, slow, armed_life=1))
 
 
 async def test_while_a_desktop_is_judged(tmp_path: Path) -> None:
     how = {GRADE: "1.0", BEGIN: "{folder}/begin"}
-    tell("judging", await enumerated(tmp_path, judged_episode, lambda point: True, **how))
+    tell("judging", await enumerated(tmp_path, judged_episode, lambda point: True, how))
 
 
 @pytest.mark.docker
@@ -441,7 +441,7 @@ async def test_at_calls_of_the_docker_driver(tmp_path: Path) -> None:
     def wanted(point: str) -> bool:
         return point.startswith(("create ", "destroy "))
 
-    tell("docker", await enumerated(tmp_path, docker_episode, wanted, **DOCKER))
+    tell("docker", await enumerated(tmp_path, docker_episode, wanted, DOCKER))
 
 
 @pytest.mark.docker
@@ -449,6 +449,4 @@ async def test_while_a_docker_desktop_is_taken_up(tmp_path: Path) -> None:
     def wanted(point: str) -> bool:
         return point.startswith(("adopt ", "list "))
 
-    tell(
-        "docker desktop taken up", await enumerated(tmp_path, docker_episode_over_lives, wanted, armed_life=1, **DOCKER)
-    )
+    tell("docker desktop taken up", await enumerated(tmp_path, docker_episode_over_lives, wanted, DOCKER, armed_life=1))
