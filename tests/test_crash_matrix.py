@@ -37,7 +37,7 @@ AT_ONCE = 2 * (os.cpu_count() or 1)
 """Runs. Each waits as long as it works."""
 TRIES = 2
 """Runs in which a point is waited for: which of two things comes first differs at times."""
-RUN_LIMIT = 30.0
+RUN_LIMIT = 60.0
 """Seconds that one may take, on a machine that is busy with other things."""
 ENV = {
     "ENVD_SIM": "outlive,linger=30,create=0.05",
@@ -296,6 +296,8 @@ def came_of(run: Run, caller: Client) -> str:
             words.append("the reset begins again")
         if any("the boot goes on" in note for note in notes):
             words.append("the boot goes on")
+    if caller.of("episode", state="ended", end_reason="lost"):
+        words.append("the desktop is lost")
     if run.verdicts and run.verdicts[0]["mask"]:
         words.append(f"the verdict is {run.verdicts[0]['code']}")
     return ", ".join(words) or "nothing is seen of it"
