@@ -132,6 +132,8 @@ class Run:
     adopts: bool = True
     """Whether the driver takes over whatever is there."""
     env: Mapping[str, str] = field(default_factory=dict)
+    fails: bool = False
+    """Its resets are to fail."""
     jobs: list[str] = field(default_factory=list)
     typed: str | None = None
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -213,6 +215,14 @@ async def boot_over_lives(run: Run, caller: Client, host: Desktops) -> None:
         await asyncio.sleep(0.01)
     caller.lives[-1].process.signal(SIGKILL)
     await asked
+
+
+async def failing_boot(run: Run, caller: Client, host: Desktops) -> None:
+    run.fails = True
+    job = await caller.post("/v1/envs/0/reset", {"task": TASK}, "reset")
+    run.jobs.append(job["id"])
+    ended = await caller.job(job["id"])
+    assert (ended["state"], ended["error"]["code"]) == ("failed", "boot_failed"), ended
 
 
 async def judged_episode(run: Run, caller: Client, host: Desktops) -> None:
@@ -312,7 +322,7 @@ def check(run: Run, caller: Client, left: set[str]) -> None:
     assert begun == set(run.jobs)
     assert caller.ends() == Counter(run.jobs)
     # One desktop at the end, and never more than one for each job that needs it.
-    assert len(left) == 1
+    assert len(left) == (0 if run.fails else 1)
     check_desktops(run, caller)
     # Input is sent once.
     for number, (step, text) in enumerate(zip(run.steps, STEPS, strict=False), start=1):
@@ -327,7 +337,7 @@ def check(run: Run, caller: Client, left: set[str]) -> None:
         assert all(verdict == run.verdicts[0] for verdict in run.verdicts)
         assert len(caller.of("verdict", episode_id=run.verdicts[0]["episode_id"])) == 1
     began = [one.data["data"]["episode_id"] for one in caller.of("episode", state="began")]
-    assert len(began) == len(set(began)) == len(run.jobs)
+    assert len(began) == len(set(began)) == (0 if run.fails else len(run.jobs))
 
 
 def check_desktops(run: Run, caller: Client) -> None:
@@ -341,15 +351,16 @@ def check_desktops(run: Run, caller: Client) -> None:
             alive.discard(instance)
         again = run.again_at is not None and at > run.again_at
         assert len(alive) <= (2 if again else 1), run.entries
-    assert set(made.values()) == {1}
-    # A second one for a job is made when it was being set up, and so used, on the first.
+    # A host that had no desktop any more may have ended, and its journal with it.
+    assert set(made.values()) == {1} or (run.fails and not made)
+    # A second one for a job is made when it was being set up, and so used, on the first; or that has failed.
     of_job = {job: desktops_of(caller, job) for job in run.jobs}
     assert set(made) == {one for desktops in of_job.values() for one in desktops if one in made}
     for job, desktops in of_job.items():
         wasted = [one for one in desktops if one in made][:-1]
         for one in wasted:
             states = [event.data["job"]["state"] for event in caller.seen if is_about(event.data, job, one)]
-            assert states[-1] == "setting_up" or not run.adopts, (job, one, states)
+            assert states[-1] == "setting_up" or run.fails or not run.adopts, (job, one, states)
 
 
 def desktops_of(caller: Client, job: str) -> list[str]:
@@ -422,6 +433,11 @@ async def test_at_every_call_of_the_driver(tmp_path: Path) -> None:
 async def test_at_every_renewal(tmp_path: Path) -> None:
     renews = {"ENVD_SIM": f"{ENV['ENVD_SIM']},renews"}
     tell("renewal", await enumerated(tmp_path, episode_and_reset, lambda point: point.startswith("renew "), renews))
+
+
+async def test_while_a_boot_fails(tmp_path: Path) -> None:
+    fails = {"ENVD_SIM": f"{ENV['ENVD_SIM']},create_fails=no machine"}
+    tell("failing boot", await enumerated(tmp_path, failing_boot, lambda point: True, fails))
 
 
 async def test_while_an_episode_is_taken_up(tmp_path: Path) -> None:
