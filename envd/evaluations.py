@@ -168,15 +168,21 @@ class Evaluations:
 
     async def _find(self, episode: Episode, play: Play, pending: _Pending) -> None:
         try:
-            pending.verdict = await self._store.get(Kind.VERDICTS, episode.id, Verdict)
-            if pending.verdict is None:
-                pending.verdict = await self._judge(episode, play)
-                with anyio.CancelScope(shield=True):
-                    await play.bundle.verdict(pending.verdict)
-                    await play.bundle.flushed()
-                    self._store.put(Kind.VERDICTS, episode.id, pending.verdict)
+            verdict = await self._store.get(Kind.VERDICTS, episode.id, Verdict)
+            found = verdict is not None
+            if verdict is None:
+                verdict = await self._judge(episode, play)
+            with anyio.CancelScope(shield=True):
+                if not found:
+                    # Told together with it: the next life, which finds it, would not tell of it.
+                    self._store.put(Kind.VERDICTS, episode.id, verdict)
+                    self._tell(verdict)
                     await self._store.settle()
-                self._tell(pending.verdict)
+                # Only now: what is in the bundle and not in the journal would be a second one. An earlier life may have
+                # ended between the two.
+                await play.bundle.verdict(verdict)
+                await play.bundle.flushed()
+            pending.verdict = verdict
         finally:
             pending.done.set()
             self._forget()

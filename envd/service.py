@@ -30,7 +30,7 @@ from .drivers import make_driver
 from .drivers.base import Driver
 from .episodes import Envs
 from .episodes import Sent as StepSent
-from .errors import DiskLow, Draining, EnvBusy, InvalidRequest, NotFound, SettingsError
+from .errors import DiskLow, Draining, EnvBusy, InvalidRequest, SettingsError
 from .evaluations import Evaluations
 from .events import EventLog
 from .journal import Journal
@@ -302,11 +302,11 @@ class Service:
             return await self.evaluations.evaluate(env)
 
         async def again(kept: KeptAnswer) -> Verdict:
-            try:
-                return await self.evaluations.verdict(kept.id)
-            except NotFound:
-                # It was cut short before there was one.
-                return await work()
+            now = self.envs.env(env).episode
+            if now is not None and now.id == kept.id:
+                # It may have been cut short before there was one, or before it was in the bundle.
+                return await self.evaluations.evaluate(env)
+            return await self.evaluations.verdict(kept.id)
 
         return await self.calls.do(sent, work, again)
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 import pytest
 import structlog
 from blockbuster import blockbuster_ctx
+from figures import FIGURES
 
 from envd.settings import load
 
@@ -174,3 +175,11 @@ def _run(*command: str | Path) -> None:
     if ran.returncode:
         last = (ran.stderr.strip().splitlines() or ["no output"])[-1]
         pytest.skip(f"no second interpreter: {' '.join(map(str, command[:4]))} … failed: {last}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests have counted."""
+    if FIGURES:
+        terminalreporter.section("figures")
+        for line in FIGURES:
+            terminalreporter.write_line(line)

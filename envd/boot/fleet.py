@@ -605,6 +605,9 @@ class Fleet:
             pause = min(pause * 2, 60)
         self._forget(desktop.id)
         entry.gone.set()
+        self._tell_gone(desktop, why)
+
+    def _tell_gone(self, desktop: Desktop, why: str) -> None:
         self._events.publish(
             "desktop", env=desktop.env, desktop_id=desktop.id, state="gone", why=why, message="desktop gone"
         )
@@ -632,6 +635,7 @@ class Fleet:
         kept = await self._store.all(Kind.DESKTOPS, KeptDesktop)
         for desktop_id in kept.keys() - found:
             self._store.put(Kind.DESKTOPS, desktop_id, None)
+            self._tell_gone(kept[desktop_id].desktop, "it did not outlive the daemon")
         taken: list[_Entry] = []
         unwanted: list[str] = []
         for desktop_id in sorted(found):
@@ -646,6 +650,7 @@ class Fleet:
         async with anyio.create_task_group() as adopting:
             for entry in taken:
                 adopting.start_soon(self._adopt, entry)
+        unwanted += [entry.desktop.id for entry in taken if entry.removing]
         with anyio.move_on_after(SWEEP):
             for desktop_id in unwanted:
                 await self.gone(desktop_id)
