@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import pytest
 import structlog
 from blockbuster import blockbuster_ctx
+from figures import FIGURES
 
 from envd.settings import load
 
@@ -56,6 +57,14 @@ def logs_are_captured() -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         logger_factory=structlog.stdlib.LoggerFactory(),
     )
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What tests measured."""
+    if FIGURES:
+        terminalreporter.section("figures")
+        for line in FIGURES:
+            terminalreporter.write_line(line)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
