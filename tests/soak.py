@@ -163,7 +163,7 @@ class Soak:
                         watching.cancel()
                         await asyncio.wait([watching])
                         clients.raise_for_broken()
-                await self._after(clients.ledger, watcher)
+                await self._end()
         finally:
             self.supervisor.over = True
             await self.eyes.close()
@@ -205,7 +205,7 @@ class Soak:
         often = self.number / 64
         tasks = [self._now_and_then(clients_die, 0.5 / often), self._now_and_then(a_machine_dies, 1.5 / often)]
         if with_daemon:
-            tasks.append(self._now_and_then(the_daemon_dies, 4.0))
+            tasks.append(self._now_and_then(the_daemon_dies, 2.5))
         if with_engine:
             tasks.append(self._once(the_engine_dies, self.random.uniform(0.2, 0.7) * seconds))
         with suppress(TimeoutError):
@@ -217,14 +217,19 @@ class Soak:
 
     async def _now_and_then(self, do: Callable[[], Awaitable[None]], mean: float) -> None:
         while True:
-            await asyncio.sleep(self.random.expovariate(1 / mean))
-            async with self._turn:
-                await asyncio.shield(asyncio.ensure_future(do()))
+            await self._once(do, self.random.expovariate(1 / mean))
 
     async def _once(self, do: Callable[[], Awaitable[None]], after: float) -> None:
+        """One at a time; and what was begun is done, also when the stretch is over."""
         await asyncio.sleep(after)
         async with self._turn:
-            await asyncio.shield(asyncio.ensure_future(do()))
+            doing = asyncio.ensure_future(do())
+            try:
+                await asyncio.shield(doing)
+            except asyncio.CancelledError:
+                await asyncio.wait([doing])
+                doing.result()
+                raise
 
     async def _kill_daemon(self, number: signal.Signals) -> None:
         self.kills[f"daemon {number.name}"] += 1
@@ -238,6 +243,7 @@ class Soak:
             chance, self.chance = self.chance, 0.0
             await clients.rest()
             self.censuses.append((self.supervisor.lives, await self._at_rest()))
+            await self._count_desktops(clients.ledger)
             self.chance = chance
             clients.go_on()
 
@@ -252,8 +258,18 @@ class Soak:
                     return now
                 before = now
 
-    async def _after(self, ledger: Ledger, watcher: Watcher) -> None:
-        """A clean end, and what is left then."""
+    async def _count_desktops(self, ledger: Ledger) -> None:
+        """Each env has one; what is not theirs is gone, within seconds."""
+        give_up = time.monotonic() + 15
+        there = await self.eyes.desktops()
+        while len(there) != self.number and time.monotonic() < give_up:
+            await asyncio.sleep(0.1)
+            there = await self.eyes.desktops()
+        if len(there) != self.number:
+            ledger.wrong.append(f"{self.number} envs have {len(there)} desktops: {sorted(there)}")
+
+    async def _end(self) -> None:
+        """A clean one, after a last look at what was typed."""
         for desktop_id in await self.eyes.desktops():
             if self.eyes.death(desktop_id) is None:
                 await self.eyes.look(desktop_id)

@@ -1,5 +1,5 @@
-"""Whatever dies or is lost on the way, no job ends twice, no input is applied twice, nothing is left: `make soak`, in its
-short form."""
+"""Whatever dies or is lost on the way, no job ends twice, no input is applied twice, nothing is left: `make soak`, in
+its short form."""
 
 from __future__ import annotations
 
