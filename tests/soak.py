@@ -62,7 +62,8 @@ class Soaked:
     lives: int
     watched: tuple[int, int]
     jobs: Counter[str]
-    texts: tuple[int, int]
+    texts: tuple[int, int, int]
+    """See `compared`."""
     errors: Counter[str]
     censuses: list[tuple[int, Census]] = field(default_factory=list)
     left: list[str] = field(default_factory=list)
@@ -80,7 +81,7 @@ class Soaked:
         verdicts = {name.partition(" ")[2]: n for name, n in counts.items() if name.startswith("verdicts ")}
         actions = {name.partition(" ")[2]: n for name, n in counts.items() if name.startswith("actions ")}
         first, last = self.censuses[0][1], self.censuses[-1][1]
-        seen, blind = self.texts
+        seen, blind, twice = self.texts
         return [
             *self.latency.lines(),
             f"soak: {self.clients} clients, {self.seconds:.0f} s, seed {self.seed}, {self.lives} lives of the daemon",
@@ -89,7 +90,7 @@ class Soaked:
             f"{counts['retries']}, of these refused: {told(self.ledger.refusals)}; asked again later: "
             f"{counts['asked again later']}",
             f"jobs accepted: {len(self.ledger.accepted)}, by end in the journal: {told(self.jobs)}",
-            f"texts compared: {seen}, typed twice: 0 unless told below; died unseen with the engine: {blind}",
+            f"texts compared: {seen}, typed twice: {twice}; died unseen with the engine: {blind}",
             f"verdicts: {told(verdicts)}; failures of jobs, steps and verdicts: {told(self.ledger.failures)}",
             f"events watched: {self.watched[0]} over {self.watched[1]} connections",
             f"daemon at rest, first → last of {len(self.censuses)}: "
@@ -112,6 +113,7 @@ class Soaked:
             "steps": self.ledger.counts["steps"],
             "jobs": len(self.ledger.accepted),
             "texts": self.texts[0],
+            "typed_twice": self.texts[2],
             "lives": self.lives,
             "kills": dict(self.kills),
             "answers_lost": dict(self.cut),
@@ -144,7 +146,7 @@ class Soak:
         """Of whoever kills, and of whoever must not be disturbed."""
 
     async def run(self) -> tuple[Clients, Watcher]:
-        chaos, steady = 0.65 * self.seconds, 0.35 * self.seconds
+        chaos, steady = 0.75 * self.seconds, 0.25 * self.seconds
         supervising = asyncio.create_task(self.supervisor.run())
         try:
             async with self.cutter:
@@ -205,9 +207,9 @@ class Soak:
         often = self.number / 64
         tasks = [self._now_and_then(clients_die, 0.5 / often), self._now_and_then(a_machine_dies, 1.5 / often)]
         if with_daemon:
-            tasks.append(self._now_and_then(the_daemon_dies, 2.5))
+            tasks.append(self._now_and_then(the_daemon_dies, 1.5))
         if with_engine:
-            tasks.append(self._once(the_engine_dies, self.random.uniform(0.2, 0.7) * seconds))
+            tasks.append(self._once(the_engine_dies, self.random.uniform(0.1, 0.4) * seconds))
         with suppress(TimeoutError):
             async with asyncio.timeout(seconds), asyncio.TaskGroup() as group:
                 for task in tasks:
@@ -366,7 +368,7 @@ def _left(state_dir: Path) -> list[str]:
 
 def _environment(clients: int) -> dict[str, str]:
     return {
-        "ENVD_SIM": "outlive,linger=60,boot=0.02",
+        "ENVD_SIM": "outlive,linger=60,boot=0.03,destroy=1",
         "ENVD_ENVS": str(clients),
         "ENVD_SCREEN": "320x240",
         "ENVD_ACTION_PAUSE": "0",

@@ -258,7 +258,9 @@ class Clients:
         actions = [f"pyautogui.write({text!r})" for text in texts]
         if number == diary.steps and chosen.random() < 0.5:
             actions.append("FAIL")
-        body: dict[str, Any] = {"actions": actions, "pause_s": 0, "include_screenshot": chosen.random() < 0.3}
+        # In the pause the daemon may die, when what was typed is there already and the step has not ended.
+        pause = round(chosen.uniform(0, 0.3), 3)
+        body: dict[str, Any] = {"actions": actions, "pause_s": pause, "include_screenshot": chosen.random() < 0.3}
         if diary.env % 2:
             body["step"] = number
         return texts, body
@@ -384,8 +386,9 @@ def _without_picture(answer: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in answer.items() if name not in ("screenshot",)}
 
 
-def compared(ledger: Ledger, eyes: Eyes) -> tuple[int, int]:
-    """How many texts were compared with what was typed, and how many cannot be. What is wrong is in the ledger."""
+def compared(ledger: Ledger, eyes: Eyes) -> tuple[int, int, int]:
+    """How many texts were compared with what was typed, how many cannot be, and how many were typed more than once.
+    What is wrong is in the ledger."""
     found: Counter[str] = Counter()
     for desktop_id, typed in eyes.typed.items():
         for text in filter(None, typed.split(";")):
@@ -404,4 +407,4 @@ def compared(ledger: Ledger, eyes: Eyes) -> tuple[int, int]:
                 continue
             ledger.wrong.append(f"{text!r} was said to be typed, and is not on {ledger.desktop_of[text]}")
         seen += 1
-    return seen, blind
+    return seen, blind, sum(number > 1 for number in found.values())

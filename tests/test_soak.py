@@ -15,7 +15,7 @@ SEED = 20
 
 @pytest.mark.timeout(420)
 async def test_whatever_dies_nothing_is_lost_done_twice_or_left(tmp_path: Path) -> None:
-    soaked = await soak(24, 16, SEED, tmp_path, quiet=4)
+    soaked = await soak(36, 16, SEED, tmp_path, quiet=4)
     FIGURES.extend(soaked.lines())
     assert soaked.wrong[:SHOWN] == []
     assert soaked.left == []
