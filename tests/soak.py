@@ -410,7 +410,7 @@ async def main(given: argparse.Namespace) -> bool:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seconds", type=float, default=300, help="how long things go wrong")
+    parser.add_argument("--seconds", type=float, default=180, help="how long things go wrong, beside the rests between")
     parser.add_argument("--clients", type=int, default=64, help="one env for each")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(4)), help="what goes wrong when")
     try:
