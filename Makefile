@@ -7,6 +7,7 @@
 #   make check     format, lint, types (no tests)
 #   make bench     measure start-up, resets, steps, set-ups, evaluations and memory
 #   make bench-docker  measure containers, virtual machines, templates and clones, side by side
+#   make soak      clients play for minutes while clients, daemon, desktops and answers are lost; what came of it
 #   make soak-docker   hundreds of resets in a row, and what they leave behind
 #   make format    rewrite the code as `make check` wants it
 
@@ -17,8 +18,9 @@ STAMP := $(VENV)/.installed
 EVALUATORS ?= .venv-evaluators
 EVALUATORS_STAMP := $(EVALUATORS)/.installed
 TESTS ?=
+SOAK ?=
 
-.PHONY: serve test install evaluators images check bench bench-docker soak-docker format system system-all engines
+.PHONY: serve test install evaluators images check bench bench-docker soak soak-docker format system system-all engines
 .DEFAULT_GOAL := serve
 
 serve: system install
@@ -44,6 +46,9 @@ bench: system install evaluators
 
 bench-docker: system-all install engines
 	$(BIN)/python tests/bench_docker.py
+
+soak: install
+	$(BIN)/python tests/soak.py $(SOAK)
 
 soak-docker: system-all install engines
 	$(BIN)/python tests/soak_docker.py

@@ -70,7 +70,12 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What tests that make up their inputs recorded as `tried`: how many ended how, by file."""
+    """What tests counted and measured; and of those that make up their inputs and recorded them as `tried`, how many
+    ended how, by file."""
+    if FIGURES:
+        terminalreporter.section("figures")
+        for line in FIGURES:
+            terminalreporter.write_line(line)
     tried: dict[str, Counter[str]] = {}
     for reports in terminalreporter.stats.values():
         for report in reports:
@@ -175,11 +180,3 @@ def _run(*command: str | Path) -> None:
     if ran.returncode:
         last = (ran.stderr.strip().splitlines() or ["no output"])[-1]
         pytest.skip(f"no second interpreter: {' '.join(map(str, command[:4]))} … failed: {last}")
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What tests have counted."""
-    if FIGURES:
-        terminalreporter.section("figures")
-        for line in FIGURES:
-            terminalreporter.write_line(line)

@@ -322,8 +322,10 @@ class BootQueue:
     def _require_fewer(self, owner: str, besides: _Ticket | None) -> None:
         """Raises TooManyRequests."""
         limit = self._settings.client_jobs
+        if not (limit and owner):
+            return  # a long line is not looked through for nothing
         mine = sum(1 for ticket in self._waiting if ticket is not besides and ticket.reset.owner == owner)
-        if limit and owner and mine >= limit:
+        if mine >= limit:
             raise TooManyRequests(
                 f"{mine} jobs of {owner} wait already, the limit is ENVD_CLIENT_JOBS={limit}.",
                 hint="Wait for one of them, or cancel it.",
