@@ -104,6 +104,10 @@ class Calls:
             self._tasks.start_soon(self._run, sent.key, going, work)
         return cast(T, await self._outcome(going, sent))
 
+    def forget(self, key: str) -> None:
+        """What was kept of the call: nothing came of it, and sent again it is done anew."""
+        self._store.put(Kind.ANSWERS, key, None)
+
     async def _run(self, key: str, going: _Going, work: Callable[[], Awaitable[Any]]) -> None:
         going.error = Draining("The daemon is shutting down; the call is cut short.", retry_after=5)
         try:
