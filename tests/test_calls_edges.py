@@ -4,6 +4,8 @@ an answer that belongs to another episode, the end of the daemon."""
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 
@@ -16,6 +18,7 @@ from envd.client.transport import Deadline, Transport
 from envd.drivers.base import Death
 from envd.drivers.sim import Behaviour
 from envd.errors import DiskLow, InfraError, NotFound
+from envd.journal import Journal
 from envd.records import KeptAnswer
 from envd.store import Kind
 
@@ -148,3 +151,35 @@ async def test_a_client_may_wait_for_ever() -> None:
         finally:
             await transport.aclose()
         assert answer.status == 202
+
+
+@asynccontextmanager
+async def a_disk_that_hangs(served: Served) -> AsyncIterator[None]:
+    """The journal's thread does nothing, until the end of the block."""
+    journal, on = served.service.store, threading.Event()
+    assert isinstance(journal, Journal)
+    journal._thread.submit(on.wait)
+    try:
+        yield
+    finally:
+        on.set()
+
+
+async def test_a_caller_is_answered_in_its_time_also_where_the_disk_hangs() -> None:
+    async with serving(envs=2) as served:
+        desktop = await served.play()
+        async with a_disk_that_hangs(served):
+            for key in ("", "k-1"):
+                began = time.monotonic()
+                status, problem = await step(served, write("a"), key=key, deadline="0.5")
+                assert (status, problem["code"]) == (503, "deadline_passed")
+                assert time.monotonic() - began < 1
+            # Nor is it told of what may not last: what the disk has not got yet the next life would not know.
+            served.service.events.publish("note", message="not on the disk yet")
+            status, problem = await served.post("/v1/envs/7/reset", {}, headers={"X-Request-Deadline": "0.5"})
+            assert (status, problem["code"]) == (503, "deadline_passed")
+            assert desktop.gui.typed == ""
+        # Both went on; an env does one thing at a time.
+        again = await step(served, write("a"), key="k-1")
+        assert again[0] == 200 or again[1]["code"] == "env_busy"
+        await eventually(lambda: "a" in desktop.gui.typed)
