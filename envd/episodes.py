@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import aiohttp
 import anyio
 import structlog
+from anyio.abc import TaskGroup
 from PIL import Image
 
 from .acting import Sight, act, as_told, plan, shaped_reward, sight
@@ -480,6 +481,19 @@ class Envs:
         of its file, or None."""
         kept = await self._store.all(Kind.EPISODES, Episode)
         plays = await self._store.all(Kind.PLAYS, KeptPlay)
+        # Side by side: a guest that hangs holds up the start once, not once for each env.
+        async with anyio.create_task_group() as tasks:
+            await self._take_up_all(kept, plays, read, tasks)
+        for episode_id in plays:
+            self._store.put(Kind.PLAYS, episode_id, None)
+
+    async def _take_up_all(
+        self,
+        kept: Mapping[str, Episode],
+        plays: dict[str, KeptPlay],
+        read: Callable[[Mapping[str, Any]], Task | None],
+        tasks: TaskGroup,
+    ) -> None:
         for number, episode in kept.items():
             play = plays.pop(episode.id, None)
             task = read(play.task) if play is not None else None
@@ -494,9 +508,7 @@ class Envs:
                 if episode.env < len(self._slots):
                     self._slots[episode.env].detail = f"{episode.id} could not be taken up after a restart"
                 continue
-            await self._take_up(self._slots[episode.env], episode, play, task, bundle)
-        for episode_id in plays:
-            self._store.put(Kind.PLAYS, episode_id, None)
+            tasks.start_soon(self._take_up, self._slots[episode.env], episode, play, task, bundle)
 
     async def _take_up(self, slot: _Slot, episode: Episode, kept: KeptPlay, task: Task, bundle: Bundle) -> None:
         play = Play(kept.job_id, task, bundle, kept.unpacked(), kept.warnings, kept.browser, kept.proxied, kept.settled)

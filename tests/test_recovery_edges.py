@@ -14,6 +14,7 @@ import aiohttp
 from daemon_process import DaemonProcess, daemon, ended_job
 from test_recovery import ENV, TASK, a_desktop, begin, desktops, get, life, post, typed, write
 
+from envd.drivers.sim import SimHost
 from envd.journal import FILE
 
 SLOW_TASK = {"id": "slow", "instruction": "Wait.", "config": [{"type": "sleep", "parameters": {"seconds": 60}}]}
@@ -245,3 +246,52 @@ async def test_a_set_up_and_a_step_that_a_clean_end_cuts_short_are_left_to_the_n
         await until_there_are(state, 2)
         await post(session, f"{process.url}/v1/jobs/{job['id']}/cancel", {}, 202)
         assert (await ended_job(session, process.url, job["id"]))["state"] == "cancelled"
+
+
+TWO_AT_ONCE = """
+import asyncio
+from envd.errors import GuestUnreachable
+from envd.guest import Guest
+
+both = asyncio.Barrier(2)
+
+async def no_picture(self, *how, **more):
+    await both.wait()
+    raise GuestUnreachable("The guest does not answer.", sent=False)
+
+Guest.screenshot = no_picture
+"""
+"""A prelude: who asks for a picture waits until another one is asked for."""
+
+
+async def test_guests_that_hang_hold_up_the_start_together(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    async with life(state, ENVD_ENVS="2") as (process, session):
+        sending = []
+        for env in range(2):
+            job = await begin(process, session, env)
+            body = {**write("a"), "pause_s": 60}
+            sending.append(asyncio.create_task(session.post(f"{process.url}/v1/envs/{env}/step", json=body)))
+            await until_typed(state, job["desktop_id"], "a")
+        await process.kill()
+        await asyncio.gather(*sending, return_exceptions=True)
+    async with daemon(state, env={**ENV, "ENVD_ENVS": "2"}, prelude=TWO_AT_ONCE) as (process, session):
+        for env in range(2):
+            assert (await get(session, f"{process.url}/v1/envs/{env}"))["episode"]["steps"] == 1
+
+
+async def test_a_spare_that_slept_sleeps_again(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    parking = {"ENVD_SIM": "outlive,linger=20,parks", "ENVD_SPARES": "1"}
+
+    async def until_parked(times: int) -> None:
+        async with asyncio.timeout(10), SimHost(state) as host:
+            while sum(entry[1] == "park" for entry in await host.ask("journal")) < times:  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+
+    async with life(state, **parking):
+        await until_parked(1)
+    async with life(state, **parking) as (process, session):
+        await until_parked(2)
+        assert len(await desktops(state)) == 1
+        assert (await begin(process, session))["reset_path"] == "spare"
