@@ -70,8 +70,9 @@ FILE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}")
 class Bundles:
     """All bundles of a state directory. `open` it, `begin` one per episode, read them whenever."""
 
-    def __init__(self, settings: Settings, tasks: TaskGroup) -> None:
+    def __init__(self, settings: Settings, tasks: TaskGroup, played: Iterable[str] = ()) -> None:
         self._settings = settings
+        self._played = set(played)
         self._root = settings.state_dir / "episodes"
         self._tasks = tasks
         self._threads = anyio.CapacityLimiter(THREADS)
@@ -84,13 +85,13 @@ class Bundles:
 
     @classmethod
     @asynccontextmanager
-    async def open(cls, settings: Settings) -> AsyncIterator[Bundles]:
+    async def open(cls, settings: Settings, played: Iterable[str] = ()) -> AsyncIterator[Bundles]:
         """Clear old bundles away, then take new ones until the block ends; what waits then is written, for `CLOSING`
-        seconds at most."""
+        seconds at most. Bundles of episodes that are `played` still stay until they are taken up by `resume`."""
         # By hand: as a `with` it would hand on the block's own exceptions in a group.
         tasks = anyio.create_task_group()
         await tasks.__aenter__()
-        bundles = cls(settings, tasks)
+        bundles = cls(settings, tasks, played)
         try:
             await bundles._in_thread(remove_leftovers, bundles._root)
             await bundles._sweep()
@@ -116,7 +117,11 @@ class Bundles:
         except (OSError, ValueError, KeyError, TypeError) as error:
             logger.warning("evidence cannot be read", episode_id=episode_id, error=str(error)[:500])
             return None
-        return Bundle(self, episode_id, folder)
+        finally:
+            self._played.discard(episode_id)
+        # It may be long until something is written.
+        bundle = self._open[episode_id] = Bundle(self, episode_id, folder)
+        return bundle
 
     async def frame(self, episode_id: str, number: int) -> bytes | None:
         """The picture that step `number` answered, 0 for the first observation; None when it is not kept."""
@@ -227,7 +232,7 @@ class Bundles:
         oldest = time.time() - self._settings.bundle_days * 86_400
         for rank, (written_at, name) in enumerate(found):
             over = rank >= self._settings.bundles or written_at < oldest
-            if not over or name in self._open or name in self._reading:
+            if not over or name in self._open or name in self._reading or name in self._played:
                 continue
             self._going.add(name)
             try:

@@ -86,23 +86,31 @@ class Calls:
         Raises KeyReused for a key of another call, DeadlinePassed when the caller's time is over first; the call then
         goes on.
         """
-        if sent.key:
-            if (kept := await self._store.get(Kind.ANSWERS, sent.key, KeptAnswer)) is not None:
-                _require_same(kept.fingerprint, sent)
-            # It is looked for among those that go on last: between these lines one may have ended, never begun.
-            if (going := self._going.get(sent.key)) is not None:
-                _require_same(going.fingerprint, sent)
-                return cast(T, await self._outcome(going, sent))
-            if kept is not None:
-                return await replay(kept)
+        going = self._going.get(sent.key) if sent.key else None
+        if going is not None:
+            _require_same(going.fingerprint, sent)
+            return cast(T, await self._outcome(going, sent))
         going = _Going(sent.fingerprint)
         if sent.key:
             self._going[sent.key] = going
+
+        async def once() -> T:
+            kept = await self._store.get(Kind.ANSWERS, sent.key, KeptAnswer) if sent.key else None
+            if kept is None:
+                return await work()
+            _require_same(kept.fingerprint, sent)
+            return await replay(kept)
+
+        # Looking for what it was goes on without its caller, too: the disk may take longer than that has time.
         if self._tasks is None:
-            await self._run(sent.key, going, work)
+            await self._run(sent.key, going, once)
         else:
-            self._tasks.start_soon(self._run, sent.key, going, work)
+            self._tasks.start_soon(self._run, sent.key, going, once)
         return cast(T, await self._outcome(going, sent))
+
+    def forget(self, key: str) -> None:
+        """What was kept of the call: nothing came of it, and sent again it is done anew."""
+        self._store.put(Kind.ANSWERS, key, None)
 
     async def _run(self, key: str, going: _Going, work: Callable[[], Awaitable[Any]]) -> None:
         going.error = Draining("The daemon is shutting down; the call is cut short.", retry_after=5)
@@ -123,16 +131,20 @@ class Calls:
         with anyio.move_on_after(sent.left):
             await going.done.wait()
         if not going.done.is_set():
-            raise DeadlinePassed(
-                "The call goes on; its caller's time is over.",
-                hint="Send it again with the same Idempotency-Key: it is answered, and not done a second time."
-                if sent.key
-                else "Give such calls an Idempotency-Key: sent again with it they are answered, and not done twice.",
-                retry_after=1,
-            )
+            raise out_of_time(keyed=bool(sent.key))
         if going.error is not None:
             raise going.error
         return going.outcome[0]
+
+
+def out_of_time(*, keyed: bool) -> DeadlinePassed:
+    return DeadlinePassed(
+        "The call goes on; its caller's time is over.",
+        hint="Send it again with the same Idempotency-Key: it is answered, and not done a second time."
+        if keyed
+        else "Give such calls an Idempotency-Key: sent again with it they are answered, and not done twice.",
+        retry_after=1,
+    )
 
 
 def _require_same(fingerprint: str, sent: Sent) -> None:

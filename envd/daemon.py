@@ -62,6 +62,8 @@ async def serve(settings: Settings) -> None:
 async def _supervise(service: Service, listener: socket.socket) -> None:
     stop, started, closing, at_once = asyncio.Event(), asyncio.Event(), asyncio.Event(), anyio.Event()
     _hear_signals(stop, at_once)
+    # Not by a signal: the first one that comes after it is the first.
+    service.on_drain = stop.set
     manager = Notifier(os.environ)
     fed = asyncio.create_task(manager.feed(lambda: not started.is_set() or service.queue.pulse.alive), name="watchdog")
     core = asyncio.create_task(service.run(started.set), name="boot queue")
@@ -96,9 +98,13 @@ def _hear_signals(stop: asyncio.Event, at_once: anyio.Event) -> None:
     that none cuts short how it cleans up behind itself."""
     loop = asyncio.get_running_loop()
 
+    heard = False
+
     def hear() -> None:
-        if stop.is_set():
+        nonlocal heard
+        if heard:
             at_once.set()
+        heard = True
         stop.set()
 
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):

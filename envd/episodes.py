@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import aiohttp
 import anyio
 import structlog
+from anyio.abc import TaskGroup
 from PIL import Image
 
 from .acting import Sight, act, as_told, plan, shaped_reward, sight
@@ -38,6 +39,7 @@ from .errors import (
     EnvdError,
     EpisodeOver,
     GuestMisbehaved,
+    InternalError,
     NoEpisode,
     NotFound,
     SetupFailed,
@@ -442,8 +444,9 @@ class Envs:
         return picture, settled, _size(picture, source)
 
     def abandon(self, env: int, job: Job) -> None:
-        slot = self._slot(env)
-        if slot.state is EnvState.RESETTING:
+        # It may be of an env that an earlier life served.
+        slot = self._slots[env] if env < len(self._slots) else None
+        if slot is not None and slot.state is EnvState.RESETTING:
             slot.state, slot.detail, slot.desktop_id = EnvState.EMPTY, f"{job.id} ended {job.state}", None
 
     def recycle(self, env: int, why: str) -> None:
@@ -478,6 +481,19 @@ class Envs:
         of its file, or None."""
         kept = await self._store.all(Kind.EPISODES, Episode)
         plays = await self._store.all(Kind.PLAYS, KeptPlay)
+        # Side by side: a guest that hangs holds up the start once, not once for each env.
+        async with anyio.create_task_group() as tasks:
+            await self._take_up_all(kept, plays, read, tasks)
+        for episode_id in plays:
+            self._store.put(Kind.PLAYS, episode_id, None)
+
+    async def _take_up_all(
+        self,
+        kept: Mapping[str, Episode],
+        plays: dict[str, KeptPlay],
+        read: Callable[[Mapping[str, Any]], Task | None],
+        tasks: TaskGroup,
+    ) -> None:
         for number, episode in kept.items():
             play = plays.pop(episode.id, None)
             task = read(play.task) if play is not None else None
@@ -487,10 +503,12 @@ class Envs:
                 self._store.put(Kind.EPISODES, number, None)
                 self._store.put(Kind.PLAYS, episode.id, None)
                 self._fleet.retire(episode.desktop_id, "its episode cannot be taken up")
+                if bundle is not None:
+                    bundle.close()
+                if episode.env < len(self._slots):
+                    self._slots[episode.env].detail = f"{episode.id} could not be taken up after a restart"
                 continue
-            await self._take_up(self._slots[episode.env], episode, play, task, bundle)
-        for episode_id in plays:
-            self._store.put(Kind.PLAYS, episode_id, None)
+            tasks.start_soon(self._take_up, self._slots[episode.env], episode, play, task, bundle)
 
     async def _take_up(self, slot: _Slot, episode: Episode, kept: KeptPlay, task: Task, bundle: Bundle) -> None:
         play = Play(kept.job_id, task, bundle, kept.unpacked(), kept.warnings, kept.browser, kept.proxied, kept.settled)
@@ -502,13 +520,15 @@ class Envs:
         desktop = self._fleet.get(episode.desktop_id)
         why = "it did not outlive the daemon"
         if desktop is not None and desktop.state is DesktopState.IN_USE:
-            if await self._remember(slot, list(steps.values())):
-                slot.state = EnvState.PLAYING
+            # From here on it is told when the desktop dies.
+            slot.state = EnvState.PLAYING
+            whole = await self._remember(slot, list(steps.values()))
+            if whole and slot.state is EnvState.PLAYING:
                 self._tell(slot, "episode", state="resumed", message="episode goes on after a restart")
                 for step in cut_short:
                     await self._end_cut_short(slot, desktop, step)
                 return
-            why = "pictures of its episode are not kept"
+            why = slot.detail if whole else "what was said and seen in its episode is not kept any more"
             self._fleet.retire(episode.desktop_id, why)
         slot.state, slot.detail = EnvState.LOST, why
         self._end_episode(slot, EndReason.LOST)
@@ -516,11 +536,12 @@ class Envs:
             self._keep_step(episode.id, step, problem=_lost(episode.desktop_id))
 
     async def _remember(self, slot: _Slot, steps: Sequence[KeptStep]) -> bool:
-        """The dialogue as it was, from what was said and the pictures in the bundle. False if one is missing."""
+        """The dialogue as it was, from what was said and the pictures in the bundle. False if some of it is missing."""
         assert slot.dialogue is not None
         assert slot.episode is not None
         first = await self._bundles.frame(slot.episode.id, 0)
-        if first is None:
+        # Steps are forgotten after a day.
+        if first is None or not {step.number for step in steps}.issuperset(range(1, slot.episode.steps + 1)):
             return False
         slot.dialogue.saw(first)
         for step in steps:
@@ -550,6 +571,7 @@ class Envs:
                 await self._while_alive(desktop.id, lambda: self._step(playing, desktop, request, step, act=_cut_short))
             except EnvdError as error:
                 logger.warning("what a step left cannot be seen", env=slot.id, step=step.number, error=error.detail)
+                self._failed(playing, step, error)
 
     # -- steps --------------------------------------------------------------------------------------------------
 
@@ -601,10 +623,20 @@ class Envs:
             try:
                 return await self._while_alive(desktop.id, lambda: self._step(playing, desktop, request, step))
             except EnvdError as error:
-                self._keep_step(playing.episode_id, step, problem=error)
-                if slot.episode is not None and slot.episode.id == playing.episode_id:
-                    self._keep(slot)
+                self._failed(playing, step, error)
                 raise
+            except Exception as mistake:
+                self._failed(playing, step, InternalError(f"The daemon made a mistake: {mistake!r}"))
+                raise
+
+    def _failed(self, playing: _Playing, step: KeptStep, error: EnvdError) -> None:
+        """Its number is used up, however early it failed: whoever sends it again is answered the same."""
+        self._keep_step(playing.episode_id, step, problem=error)
+        slot = playing.slot
+        if slot.episode is not None and slot.episode.id == playing.episode_id:
+            steps = max(slot.episode.steps, step.number)
+            slot.episode = slot.episode.model_copy(update={"steps": steps})
+            self._keep(slot)
 
     def _keep_step(
         self, episode_id: str, step: KeptStep, *, problem: EnvdError | None = None, **came_of_it: object
@@ -614,13 +646,19 @@ class Envs:
         self._store.put(Kind.STEPS, KeptStep.id(episode_id, step.number), kept)
 
     async def _again(self, episode: Episode, number: int, request: StepRequest, sent: Sent) -> StepResult:
-        """A step that says which one it is, and was done already."""
+        """A step that says which one it is, and was begun already."""
         kept = await self._store.get(Kind.STEPS, KeptStep.id(episode.id, number), KeptStep)
         if kept is None or kept.fingerprint != sent.fingerprint:
             raise StepRepeated(
                 f"Step {number} of the episode of env {episode.env} was done already, and was another one.",
                 hint="Number the steps of an episode from 1, without a gap.",
                 expected=episode.steps + 1,
+            )
+        if kept.result is None and kept.problem is None:
+            raise EnvBusy(
+                f"Env {episode.env} is in the middle of step {number}.",
+                hint="Send it again in a moment.",
+                retry_after=1,
             )
         return await self.answered(episode.id, number, with_picture=request.include_screenshot)
 

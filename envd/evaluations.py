@@ -115,6 +115,13 @@ class Evaluations:
             for pending in self._pending.values():
                 pending.done.set()
 
+    async def recover(self) -> None:
+        """Take up the verdicts of the episodes that the envs have taken up."""
+        for env in map(self._envs.env, range(len(self._envs))):
+            if env.episode is not None and (found := await self._found(env.episode.id)) is not None:
+                self._pending[env.episode.id] = pending = _Pending(verdict=found)
+                pending.done.set()
+
     async def evaluate(self, env: int) -> Verdict:
         """The verdict of the env's episode. The first caller has it found; it is found also when that caller leaves,
         and once, also over lives of the daemon.
@@ -136,9 +143,7 @@ class Evaluations:
     async def verdict(self, episode_id: str) -> Verdict:
         """One that was found, of an episode of any env. Raises NotFound."""
         pending = self._pending.get(episode_id)
-        found = pending.verdict if pending else await self._store.get(Kind.VERDICTS, episode_id, Verdict)
-        if found is None and pending is None:
-            found = await self._bundles.get_verdict(episode_id)
+        found = pending.verdict if pending else await self._found(episode_id)
         if found is None:
             raise NotFound(
                 f"There is no verdict of an episode {episode_id[:80]!r}: it was not evaluated, or is no longer kept."
@@ -168,7 +173,7 @@ class Evaluations:
 
     async def _find(self, episode: Episode, play: Play, pending: _Pending) -> None:
         try:
-            verdict = await self._store.get(Kind.VERDICTS, episode.id, Verdict)
+            verdict = await self._found(episode.id)
             found = verdict is not None
             if verdict is None:
                 verdict = await self._judge(episode, play)
@@ -186,6 +191,12 @@ class Evaluations:
         finally:
             pending.done.set()
             self._forget()
+
+    async def _found(self, episode_id: str) -> Verdict | None:
+        """By an earlier life, or for an episode that is no longer played. The evidence has it before the journal, and
+        longer."""
+        kept = await self._store.get(Kind.VERDICTS, episode_id, Verdict)
+        return kept or await self._bundles.get_verdict(episode_id)
 
     def _forget(self) -> None:
         """Keep the verdicts of episodes that their envs still have: those must never be found twice. The others are

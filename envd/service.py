@@ -35,7 +35,7 @@ from .evaluations import Evaluations
 from .events import EventLog
 from .journal import Journal
 from .leases import Leases
-from .models import DesktopState, Env, Job, JobState, StepRequest, StepResult, Verdict
+from .models import DesktopState, Env, EnvState, Episode, Job, JobState, StepRequest, StepResult, Verdict
 from .records import KeptAnswer, KeptDesktop, KeptReset
 from .settings import Settings, variable
 from .store import Kind, Store
@@ -144,6 +144,7 @@ class Service:
         tasks.start_soon(self.fleet.run, recovered)
         await recovered.wait()
         await self.envs.recover(lambda raw: examine(raw, self.abilities).task)
+        await self.evaluations.recover()
         await self.queue.recover(self._asked_again)
         await self.leases.recover()
         await self.store.settle()
@@ -165,8 +166,9 @@ class Service:
         (ENVD_DRAIN_LIMIT). Asked again it changes the limit."""
         limit = self.settings.drain_limit if limit_s is None else limit_s
         self.drain_until = time.monotonic() + limit
-        self._stop_taking_work()
-        self.on_drain()
+        if not self.closing.is_set():
+            self._stop_taking_work()
+            self.on_drain()
 
     def _stop_taking_work(self) -> None:
         if self.closing.is_set():
@@ -182,8 +184,14 @@ class Service:
 
     @property
     def going_on(self) -> list[int]:
-        """Envs whose episode is played or judged still."""
-        return [number for number in range(len(self.envs)) if not self.evaluations.is_over(number)]
+        """Envs whose episode is played or judged still, or about to begin. A reset that failed and waits for the next
+        life of the daemon begins none."""
+        return [
+            number
+            for number in range(len(self.envs))
+            if not self.evaluations.is_over(number)
+            and (self.envs.env(number).state is not EnvState.RESETTING or self.queue.of_env(number)[0] is not None)
+        ]
 
     async def drain(self, at_once: anyio.Event | None = None) -> None:
         """Take no new work, let episodes go on until they have ended or the time for that is over, let running steps
@@ -251,8 +259,12 @@ class Service:
             try:
                 await self.store.commit()
             except DiskLow:
-                # Nobody was told of it; whoever joined it meanwhile is told the same.
-                self.queue.cancel(job.id)
+                if sent.key:
+                    self.calls.forget(sent.key)
+                # Nobody was told of one that is new; whoever joined it meanwhile is told the same. One that was joined
+                # goes on.
+                if not job.joined:
+                    self.queue.cancel(job.id)
                 raise
             return job
 
@@ -377,11 +389,12 @@ async def open_service(settings: Settings, daemon_id: str, driver: Driver | None
     async with (
         Journal.open(settings) as store,
         aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None)) as session,
-        Bundles.open(settings) as bundles,
     ):
+        played = [episode.id for episode in (await store.all(Kind.EPISODES, Episode)).values()]
         assets = Assets(settings, session)
         await assets.load()
         async with (
+            Bundles.open(settings, played) as bundles,
             Evaluators.open(settings, assets) as evaluators,
             driver or make_driver(settings, daemon_id) as opened,
         ):

@@ -184,7 +184,7 @@ class Settings(BaseSettings):
     """How long it is kept."""
     bundle_limit: int = Field(default=256 * 1024**2, ge=1024**2)
     """Bytes that one episode's evidence may take."""
-    journal_days: float = Field(default=7, gt=0)
+    journal_days: float = Field(default=7, gt=0, allow_inf_nan=False)
     """How long ended jobs and verdicts are kept. Answers to idempotency keys: 24 hours."""
     journal_jobs: int = Field(default=10_000, ge=1)
     """Ended jobs that are kept."""

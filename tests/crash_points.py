@@ -20,20 +20,20 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import aiosqlite
 from daemon_process import DaemonProcess, environment
 
 import envd.service
 from envd.drivers import make_driver
 from envd.drivers.base import Driver
 from envd.journal import Journal
+from envd.journal_file import Batch, JournalFile
 from envd.settings import Settings
 from envd.tasks.evaluating import Evaluators, Grade, Preparation
 
@@ -92,49 +92,38 @@ def arm() -> None:
 
 
 def _arm_journal(points: Points) -> None:
-    connect, write = aiosqlite.connect, Journal._write
+    do = Journal._do
 
-    async def counted(self: Journal, batch: Any) -> None:
+    async def counted(self: Journal, work: Callable[..., Any], *arguments: Any) -> Any:
+        if getattr(work, "__func__", None) is not JournalFile.write:
+            return await do(self, work, *arguments)
+        [batch] = arguments
         kinds = {str(kind) for kind, _ in batch.records} | ({"jobs"} if batch.jobs else set())
         what = "journal: " + ", ".join([*sorted(kinds), *sorted({f"event {event.kind}" for event in batch.events})])
         number = points.number(what)
-
-        async def before_commit() -> None:
-            if points.kills(what, number, "uncommitted"):
-                # Whoever does not wait for it goes on meanwhile.
-                await asyncio.sleep(AMID)
-                die()
-
         points.at(what, number, "begins")
-        database = self._database
-        self._database = cast(aiosqlite.Connection, _AtOnce(database, before_commit))
-        try:
-            await write(self, batch)
-        finally:
-            self._database = database
+        if points.kills(what, number, "uncommitted"):
+            # In its thread: whoever does not wait for it goes on meanwhile.
+            return await do(self, _up_to_its_commit, self._file, batch)
+        # Here and now, without letting anything else happen meanwhile.
+        written = work(batch)
         points.at(what, number, "committed")
+        return written
 
-    aiosqlite.connect = partial(connect, check_same_thread=False)
-    Journal._write = counted  # type: ignore[method-assign]
+    Journal._do = counted  # type: ignore[method-assign]
 
 
-class _AtOnce:
-    """A database that is written to without letting anything else happen meanwhile."""
+def _up_to_its_commit(file: JournalFile, batch: Batch) -> None:
+    fetch = file._fetch
 
-    def __init__(self, database: aiosqlite.Connection, before_commit: Callable[[], Awaitable[None]]) -> None:
-        self._database = database
-        self._before_commit = before_commit
-
-    async def execute(self, sql: str) -> None:
+    def fetch_but_commit(sql: str, *values: Any) -> Any:
         if sql == "COMMIT":
-            await self._before_commit()
-        self._database._conn.execute(sql)
+            time.sleep(AMID)
+            die()
+        return fetch(sql, *values)
 
-    async def executemany(self, sql: str, rows: Iterable[Any]) -> None:
-        self._database._conn.executemany(sql, rows)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._database, name)
+    vars(file)["_fetch"] = fetch_but_commit
+    file.write(batch)
 
 
 def _counted(points: Points, name: str, method: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:

@@ -145,7 +145,7 @@ def bounded(cases: st.SearchStrategy[Any], attempt: Callable[[Any], None]) -> No
 
 
 def with_known_ids(case: Any, known: dict[str, str]) -> Any:
-    case.path_parameters = {name: known[name] for name in case.path_parameters or {}}
+    case.path_parameters = {name: known.get(name, "x") for name in case.path_parameters or {}}
     for holder in (case.body, case.query):
         if isinstance(holder, dict) and "slot_id" in holder:
             holder["slot_id"] = int(known["env"])
@@ -154,7 +154,7 @@ def with_known_ids(case: Any, known: dict[str, str]) -> Any:
 
 def impatient(case: Any) -> None:
     """Take the waits out that it asks for."""
-    for holder, name in ((case.body, "pause_s"), (case.query, "wait")):
+    for holder, name in ((case.body, "pause_s"), (case.body, "wait_s"), (case.query, "wait")):
         if isinstance(holder, dict) and isinstance(holder.get(name), int | float):
             holder[name] = min(holder[name], LONGEST_WAIT)
 

@@ -107,8 +107,7 @@ def seconds_left(request: Request) -> float | None:
     InvalidRequest."""
     given = request.headers.get("x-request-deadline")
     if given is None:
-        waits = re.search(r"(?:^|[,;\s])wait\s*=\s*([0-9]{1,6})(?:$|[,;\s])", request.headers.get("prefer", ""))
-        return float(waits[1]) if waits else None
+        return None
     if re.fullmatch(r"[0-9]{1,7}(\.[0-9]{1,9})?", given.strip()) is None:
         message = f"must be the seconds that the caller still waits, and is {given[:40]!r}"
         raise InvalidRequest(
@@ -116,6 +115,13 @@ def seconds_left(request: Request) -> float | None:
         )
     seconds = float(given)
     return max(0.0, seconds - min(WAY, seconds / 10))
+
+
+def wait_preferred(request: Request) -> float | None:
+    """Seconds for which the caller would rather wait for what it asks for (Prefer: wait=…); None if it does not say. It
+    is no deadline: what is not there by then is answered as without it."""
+    waits = re.search(r"(?:^|[,;\s])wait\s*=\s*([0-9]{1,6})(?:$|[,;\s])", request.headers.get("prefer", ""))
+    return float(waits[1]) if waits else None
 
 
 def _key(request: Request) -> str:

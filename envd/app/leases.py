@@ -55,6 +55,8 @@ async def _ask(request: Request) -> Response:
         try:
             await service.store.commit()
         except DiskLow:
+            if how_sent.key:
+                service.calls.forget(how_sent.key)
             service.leases.release(asked_for.id)
             raise
         return asked_for
@@ -65,7 +67,8 @@ async def _ask(request: Request) -> Response:
     lease = await service.calls.do(how_sent, work, again)
     if lease.state is LeaseState.WAITING and asked.wait_s:
         try:
-            lease = await _settled(request, lease.id, min(asked.wait_s, how_sent.left or asked.wait_s))
+            left = asked.wait_s if how_sent.left is None else how_sent.left
+            lease = await _settled(request, lease.id, min(asked.wait_s, left))
         except BaseException:
             if not how_sent.key:
                 # Its id was told to nobody, so nobody could use it.

@@ -90,9 +90,13 @@ async def _ended(request: Request, job: Job, how_sent: Sent) -> Job:
     with anyio.move_on_after(patience):
         await hold(request, lambda: service.queue.ended(job.id))
     job = service.queue.get(job.id)
+    goes_on = service.settings.keep_desktops
     # The drain cancels what runs at once, so the job may have ended by the time its waiter is woken.
-    if service.draining.is_set() and (job.state is JobState.CANCELLED or not job.state.terminal):
-        goes_on = service.settings.keep_desktops
+    ended_by_it = service.closing.is_set() and not goes_on and job.state is JobState.CANCELLED
+    if ended_by_it or (service.draining.is_set() and not job.state.terminal):
+        if how_sent.key and not goes_on:
+            # Sent again as this answer says, it is another reset, not the one that the end of the daemon cancelled.
+            service.calls.forget(how_sent.key)
         words = "the reset goes on when it is back" if goes_on else "the reset is cancelled"
         raise Draining(f"The daemon is shutting down; {words}.", retry_after=10, job=_shown(job))
     if job.state.terminal:

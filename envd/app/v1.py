@@ -17,7 +17,7 @@ from ..calls import Sent
 from ..errors import InvalidRequest
 from ..models import DrainRequest, Job, JobState, LinkRequest, ResetRequest, StepRequest, Verdict
 from ..settings import effective
-from .bodies import env_of, hold, number_in_query, read_call, read_json, read_model, sent, service_of
+from .bodies import env_of, hold, number_in_query, read_call, read_json, read_model, sent, service_of, wait_preferred
 from .gate import caller_of, needed_scope
 from .sse import EventStream
 
@@ -58,10 +58,10 @@ async def reset(request: Request) -> Response:
 async def _accepted(request: Request, job: Job, how_sent: Sent) -> Response:
     """At once; or, for a caller that would rather wait (`Prefer: wait=…`), once it has ended or the time is over."""
     service, headers = service_of(request), {}
-    if "wait" in request.headers.get("prefer", "") and how_sent.left is not None:
-        wait = min(how_sent.left, LONGEST_POLL)
+    if (wait := wait_preferred(request)) is not None:
+        left = LONGEST_POLL if how_sent.left is None else how_sent.left
         headers = {"Preference-Applied": "wait"}
-        with anyio.move_on_after(wait):
+        with anyio.move_on_after(min(wait, left, LONGEST_POLL)):
             await hold(request, lambda: service.queue.ended(job.id))
     return accepted(service.queue.get(job.id), headers)
 
@@ -108,7 +108,11 @@ async def jobs(request: Request) -> Response:
 
 async def cancel(request: Request) -> Response:
     """Ask for the job's end: 202 while its desktop is being removed, 200 once it has ended."""
-    found = service_of(request).queue.cancel(request.path_params["job"])
+    service = service_of(request)
+    if service.settings.keep_desktops:
+        # The job is left to the next life as it is.
+        service.refuse_when_draining()
+    found = service.queue.cancel(request.path_params["job"])
     return job_json(found, 200 if found.state.terminal else 202)
 
 

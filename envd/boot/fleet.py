@@ -682,6 +682,9 @@ class Fleet:
         self._events.publish(
             "desktop", env=entry.desktop.env, desktop_id=desktop_id, state="adopted", message="desktop adopted"
         )
+        if self._is_spare(entry):
+            # To take it over woke it, where spares sleep.
+            self.keep(entry.desktop)
 
 
 def _died(death: Death) -> InstanceDied:

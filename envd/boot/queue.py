@@ -48,6 +48,7 @@ from ..errors import (
     JobExpired,
     QueueFull,
     TooManyRequests,
+    UnknownEnv,
     UnknownJob,
 )
 from ..events import EventLog
@@ -272,7 +273,7 @@ class BootQueue:
         self._tickets: dict[str, _Ticket] = {}
         self._wake = anyio.Event()
         self._tasks: TaskGroup | None = None
-        self._closed = self._leaving = False
+        self._closed = self._held = self._leaving = False
         self.pulse = Pulse(6 * BEAT)
         self.estimates = Estimates(settings.state_dir / "boots.json", fleet.driver.image)
         self._spares = Spares(settings.spares, fleet, self, events)
@@ -439,12 +440,20 @@ class BootQueue:
         if job.state is not JobState.QUEUED or job.position == 1:
             ticket.job = job = job.model_copy(update={"restarts": job.restarts + 1})
         try:
+            if job.env is not None and job.env >= self._settings.envs:
+                raise UnknownEnv(
+                    f"The daemon was restarted, and has no env {job.env} any more.",
+                    hint="Start it with a larger ENVD_ENVS to serve more.",
+                    env=job.env,
+                )
             if asked is None:
                 raise InternalError("What the job was asked for is not in the journal.")
             if job.restarts >= RESTARTS:
                 raise InternalError(f"The daemon ended {job.restarts} times while this job ran or was next.")
             ticket.reset = again(asked)
         except EnvdError as error:
+            if self._is_booting(job.desktop_id):
+                self._fleet.retire(job.desktop_id or "", "its job cannot be taken up")
             self._end(ticket, JobState.FAILED, error=error)
             return
         if job.cancel_requested:
@@ -477,6 +486,7 @@ class BootQueue:
             self._update(ticket, "note", {}, message="The daemon was restarted; the job waits on.")
             return
         ticket.expires = max(ticket.expires, time.monotonic() + self._settings.queue_timeout)
+        self._keep(ticket)
         # What was tried when the daemon ended did not fail.
         tried = max(0, ticket.job.attempts - (ticket.job.state is JobState.SETTING_UP))
         self._update(ticket, "note", {}, message="The daemon was restarted; the job begins again, on a fresh desktop.")
@@ -625,7 +635,7 @@ class BootQueue:
 
     def hold(self) -> None:
         """Take no new work, and begin none of what waits; what runs goes on."""
-        self._closed = True
+        self._closed = self._held = True
 
     def leave(self) -> None:
         """Take no new work, and leave every job as it is: the next life of the daemon takes them up."""
@@ -827,7 +837,7 @@ class BootQueue:
             failure.fault is Fault.INFRA
             and failure.retryable
             and not ticket.job.cancel_requested
-            and not self._closed
+            and (self._held or not self._closed)
             and all(waiting.job.env != ticket.job.env for waiting in self._waiting)
         )
 
@@ -839,6 +849,7 @@ class BootQueue:
     def _line_up_again(self, ticket: _Ticket, why: str) -> None:
         ticket.work = None
         ticket.expires = max(ticket.expires, time.monotonic() + self._settings.queue_timeout)
+        self._keep(ticket)
         self._back_in_line(ticket)
         self._update(ticket, "note", {}, message=why)
         self._enter_phase(ticket, "queue", state=JobState.QUEUED, desktop_id=None)

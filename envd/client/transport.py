@@ -45,6 +45,8 @@ QUIET_SECONDS = 45.0
 """A stream without even a heartbeat for so long (three times the server's interval) is dead."""
 BODY_LIMIT = 64 * 1024 * 1024
 FIRST_CONTACT_SECONDS = 3.0
+A_WEEK = 7 * 86_400.0
+"""Seconds: a server is told of no longer time, and takes no number of arbitrary length."""
 KEEPS_KEYS = "Envd-Version"
 """A header of every answer of a server that keeps idempotency keys."""
 
@@ -226,7 +228,7 @@ class Transport:
         total = min((t for t in (left, attempt_timeout) if t is not None), default=None)
         headers = headers | ({"Content-Type": "application/json"} if content is not None else {})
         headers |= {"Idempotency-Key": key} if key else {}
-        headers |= {"X-Request-Deadline": f"{total:.3f}"} if total is not None and method == "POST" else {}
+        headers |= {"X-Request-Deadline": f"{min(total, A_WEEK):.3f}"} if total is not None and method == "POST" else {}
         request = f"{method} {self.url}{path}"
         with translated(self.url, request):
             # aiohttp reads a total of 0 as none.

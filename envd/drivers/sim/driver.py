@@ -63,7 +63,7 @@ class SimDriver(Driver):
         self._turn = asyncio.Lock()
         self._has_template = False
         self._restores = 0
-        self.traits = traits_of(self._next_behaviour(), settings)
+        self.traits = traits_of(self.traits, self._next_behaviour(), settings)
 
     async def __aenter__(self) -> Self:
         return self
@@ -245,9 +245,9 @@ def behaviour_of(number: int, behaviours: Behaviours) -> Behaviour:
             return pick(number)
 
 
-def traits_of(first: Behaviour, settings: Settings) -> Traits:
-    """Of a driver whose first desktop behaves so."""
-    traits = replace(TRAITS, keeps_old=first.renews, parks_spares=first.parks)
+def traits_of(traits: Traits, first: Behaviour, settings: Settings) -> Traits:
+    """Of a driver that has `traits` by its class, and whose first desktop behaves so."""
+    traits = replace(traits, keeps_old=first.renews, parks_spares=first.parks)
     return traits if settings.clone_width is None else replace(traits, restore_width=settings.clone_width)
 
 

@@ -50,7 +50,7 @@ class HostedSimDriver(Driver):
         self.daemon_id = daemon_id
         self.state_dir = settings.state_dir
         self._made = 0
-        self.traits = traits_of(self._next_behaviour(), settings)
+        self.traits = traits_of(self.traits, self._next_behaviour(), settings)
         self._host: SimHost | None = None
         self._turn = asyncio.Lock()
 
