@@ -20,6 +20,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
@@ -92,11 +93,15 @@ def arm() -> None:
 
 
 def _arm_journal(points: Points) -> None:
-    do = Journal._do
+    do, turn = Journal._do, threading.Lock()
+
+    def alone(work: Callable[..., Any], *arguments: Any) -> Any:
+        with turn:
+            return work(*arguments)
 
     async def counted(self: Journal, work: Callable[..., Any], *arguments: Any) -> Any:
         if getattr(work, "__func__", None) is not JournalFile.write:
-            return await do(self, work, *arguments)
+            return await do(self, alone, work, *arguments)
         [batch] = arguments
         kinds = {str(kind) for kind, _ in batch.records} | ({"jobs"} if batch.jobs else set())
         what = "journal: " + ", ".join([*sorted(kinds), *sorted({f"event {event.kind}" for event in batch.events})])
@@ -104,9 +109,9 @@ def _arm_journal(points: Points) -> None:
         points.at(what, number, "begins")
         if points.kills(what, number, "uncommitted"):
             # In its thread: whoever does not wait for it goes on meanwhile.
-            return await do(self, _up_to_its_commit, self._file, batch)
+            return await do(self, alone, _up_to_its_commit, self._file, batch)
         # Here and now, without letting anything else happen meanwhile.
-        written = work(batch)
+        written = alone(work, batch)
         points.at(what, number, "committed")
         return written
 
