@@ -19,6 +19,7 @@ import secrets
 import signal
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -48,6 +49,8 @@ BACKLOG = 1024
 HANG_UP = 1.0
 """Seconds after the drain until connections are cut that are open still: hypercorn would wait for a reader that does
 not read, or for the rest of a request, as long as they please."""
+LAST = 30.0
+"""Seconds that the end of the daemon takes at most once nothing is played any more."""
 OPEN_FILES = 65_536
 
 
@@ -75,7 +78,9 @@ async def _supervise(service: Service, listener: socket.socket) -> None:
             manager.tell(READY="1", STATUS=f"serving {len(service.envs)} envs on port {port}")
             await _first(stop, stop, halves)
         logger.info("shutting down")
-        manager.tell(STOPPING="1", STATUS="shutting down")
+        left = max(0.0, (service.drain_until or time.monotonic()) - time.monotonic()) or service.settings.drain_limit
+        # What is played may go on for so long; else the manager kills us before.
+        manager.tell(STOPPING="1", STATUS="shutting down", EXTEND_TIMEOUT_USEC=str(int((left + LAST) * 1e6)))
         await service.drain(at_once)
     finally:
         # Also when a half died: nothing that is open may hold the other one up.

@@ -620,14 +620,30 @@ class Envs:
                 self._store.put(Kind.ANSWERS, sent.key, answer)
             # Before any of it is sent: the next life of the daemon must not send it a second time.
             await self._store.settle()
+            begun = False
+
+            async def begin() -> StepResult:
+                nonlocal begun
+                begun = True
+                return await self._step(playing, desktop, request, step)
+
             try:
-                return await self._while_alive(desktop.id, lambda: self._step(playing, desktop, request, step))
+                return await self._while_alive(desktop.id, begin)
             except EnvdError as error:
-                self._failed(playing, step, error)
+                if begun:
+                    self._failed(playing, step, error)
+                else:
+                    self._not_begun(playing, step, sent)
                 raise
             except Exception as mistake:
                 self._failed(playing, step, InternalError(f"The daemon made a mistake: {mistake!r}"))
                 raise
+
+    def _not_begun(self, playing: _Playing, step: KeptStep, sent: Sent) -> None:
+        """Nothing was sent, since the desktop could not be woken or was gone: whoever sends it again has it done."""
+        self._store.put(Kind.STEPS, KeptStep.id(playing.episode_id, step.number), None)
+        if sent.key:
+            self._store.put(Kind.ANSWERS, sent.key, None)
 
     def _failed(self, playing: _Playing, step: KeptStep, error: EnvdError) -> None:
         """Its number is used up, however early it failed: whoever sends it again is answered the same."""

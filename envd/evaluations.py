@@ -193,14 +193,14 @@ class Evaluations:
             self._forget()
 
     async def _found(self, episode_id: str) -> Verdict | None:
-        """By an earlier life, or for an episode that is no longer played. The evidence has it before the journal, and
+        """By an earlier life, or for an episode that is no longer played. The journal has it first, and the evidence
         longer."""
         kept = await self._store.get(Kind.VERDICTS, episode_id, Verdict)
         return kept or await self._bundles.get_verdict(episode_id)
 
     def _forget(self) -> None:
         """Keep the verdicts of episodes that their envs still have: those must never be found twice. The others are
-        read from their bundles."""
+        read from the journal, or their bundles."""
         had = {env.episode.id for env in map(self._envs.env, range(len(self._envs))) if env.episode}
         for episode_id, pending in tuple(self._pending.items()):
             if pending.done.is_set() and episode_id not in had:

@@ -513,7 +513,7 @@ class StepRequest(BaseModel):
 class Event(Model):
     """One thing that happened. `id` is "<epoch>-<sequence>": the epoch is new when the sequence starts again.
 
-    Kinds: state, position, phase, probe, progress, setup, log, note, desktop, step, episode, verdict, lease; and, on
+    Kinds: state, position, phase, probe, progress, setup, note, desktop, step, episode, verdict, lease; and, on
     streams only, snapshot, gap and server-shutdown. An event about a job carries the whole job as it then was, so
     a watcher replaces what it has.
     """

@@ -94,8 +94,8 @@ class Service:
         self._running = False
 
     async def run(self, started: Callable[[], None]) -> None:
-        """Recover, call `started`, serve until cancelled; then destroy every desktop that would die with us, unless all
-        is left to the next life.
+        """Recover, call `started`, serve until cancelled; then destroy every desktop, unless all is left to the next
+        life (ENVD_KEEP_DESKTOPS).
 
         Any exception that comes out of here is a bug of ours, and whoever runs this must end the process.
         """
@@ -233,8 +233,8 @@ class Service:
     async def reset(self, env: int, task: Mapping[str, Any], how: Reset | None = None, sent: Sent = UNMARKED) -> Job:
         """Accept a reset to `task`, an OSWorld task file, played as `how` says: the job is on disk before this returns.
 
-        Raises UnknownEnv, TaskInvalid, MissingRequirement, QueueFull, TooManyRequests, DiskLow, Draining; none of them
-        changes anything.
+        Raises UnknownEnv, TaskInvalid, MissingRequirement, QueueFull, TooManyRequests, DiskLow, Draining, Leased,
+        LeaseOver, KeyReused; none of them changes anything. And DeadlinePassed: then it goes on.
         """
 
         def submit() -> Job:

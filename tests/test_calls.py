@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from serving import Served, serving
 
 from envd.drivers.sim import Behaviour
+from envd.errors import InfraError
 
 FOR_EVER = Behaviour(never=True)
 
@@ -149,3 +152,20 @@ async def test_jobs_of_one_client_are_limited() -> None:
         assert int(headers["Retry-After"]) >= 1
         # One that changes its mind takes no more room.
         assert (await served.post("/v1/envs/2/reset", {"task": {"id": "other"}}))[0] == 202
+
+
+async def test_a_step_that_could_not_begin_is_done_when_it_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with serving() as served:
+        desktop = await served.play()
+        awake = served.service.fleet.awake
+
+        @asynccontextmanager
+        async def asleep(desktop_id: str) -> AsyncIterator[None]:
+            raise InfraError("It cannot be woken.")
+            yield
+
+        monkeypatch.setattr(served.service.fleet, "awake", asleep)
+        assert (await step(served, write("a", step=1), key="k-1"))[0] == 503
+        monkeypatch.setattr(served.service.fleet, "awake", awake)
+        status, result = await step(served, write("a", step=1), key="k-1")
+        assert (status, result["step"], desktop.gui.typed) == (200, 1, "a")

@@ -21,6 +21,8 @@ from ..leases import HEADER
 from ..service import Service
 from .gate import CALLER
 
+LONGEST_POLL = 60.0
+"""Seconds that a request may be held; below the idle limits of proxies."""
 MOST_FIELDS = 100
 """Of a body whose fields are all known: each that is not would be told of, at many times its length."""
 LONGEST_FIELD = 200

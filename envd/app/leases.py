@@ -12,11 +12,8 @@ from ..leases import HEADER
 from ..models import Lease, LeaseRequest, LeaseState
 from ..records import KeptAnswer
 from ..store import Kind
-from .bodies import hold, number_in_query, read_call, read_json, service_of
+from .bodies import LONGEST_POLL, hold, number_in_query, read_call, read_json, service_of
 from .gate import caller_of
-
-LONGEST_POLL = 60.0
-"""Seconds; below the idle limits of proxies."""
 
 
 def require(request: HTTPConnection, env: int) -> int:

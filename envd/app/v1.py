@@ -17,12 +17,20 @@ from ..calls import Sent
 from ..errors import InvalidRequest
 from ..models import DrainRequest, Job, JobState, LinkRequest, ResetRequest, StepRequest, Verdict
 from ..settings import effective
-from .bodies import env_of, hold, number_in_query, read_call, read_json, read_model, sent, service_of, wait_preferred
+from .bodies import (
+    LONGEST_POLL,
+    env_of,
+    hold,
+    number_in_query,
+    read_call,
+    read_json,
+    read_model,
+    sent,
+    service_of,
+    wait_preferred,
+)
 from .gate import caller_of, needed_scope
 from .sse import EventStream
-
-LONGEST_POLL = 60.0
-"""Seconds; below the idle limits of proxies."""
 
 
 def job_json(job: Job, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -103,7 +103,7 @@ class _Looks:
 
 
 class Fleet:
-    """`run` must be running for anything else to work; whoever stops it calls `clear` next."""
+    """`run` must be running for anything else to work; whoever stops it calls `leave` before, or `clear` next."""
 
     def __init__(
         self,
@@ -633,7 +633,9 @@ class Fleet:
         """
         found = await self._ask(self.driver.list())
         kept = await self._store.all(Kind.DESKTOPS, KeptDesktop)
-        for desktop_id in kept.keys() - found:
+        # Those of another provider stay known: a life with that one takes them up, or removes them.
+        mine = {one for one, record in kept.items() if record.desktop.provider == self.driver.name}
+        for desktop_id in mine - found:
             self._store.put(Kind.DESKTOPS, desktop_id, None)
             self._tell_gone(kept[desktop_id].desktop, "it did not outlive the daemon")
         taken: list[_Entry] = []

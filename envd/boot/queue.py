@@ -283,7 +283,8 @@ class BootQueue:
     # -- asking -------------------------------------------------------------------------------------------------
 
     def submit(self, env: int, reset: Reset) -> Job:
-        """Accept a reset of `env`, or join an identical one. Raises QueueFull and Draining; changes nothing then."""
+        """Accept a reset of `env`, or join an identical one. Raises QueueFull, TooManyRequests and Draining; changes
+        nothing then."""
         return self._submit(JobKind.RESET, env, reset)
 
     def submit_prewarm(self) -> Job:

@@ -76,8 +76,9 @@ class Client:
               40 minutes
     patience  seconds during which a server that stopped answering is tried again, enough for a restart of it
 
-    What failed raises an EnvdError with the server's code. Only what is safe is sent twice: input never is, once it
-    may have arrived (ServerUnreachable then says `outcome` "unknown").
+    What failed raises an EnvdError with the server's code. Only what is safe is sent twice:
+    input whose answer was lost only to a server that keeps idempotency keys, or ServerUnreachable says `outcome`
+    "unknown".
     """
 
     def __init__(

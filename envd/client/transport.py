@@ -40,7 +40,7 @@ DEFAULT_URL = "http://127.0.0.1:15001"
 
 CONNECT_SECONDS = 10.0
 KEEPALIVE_SECONDS = 15.0
-"""Idle connections are dropped long before the server drops them (75 s), else a POST may meet a closing one."""
+"""Idle connections are dropped before the server drops them (20 s), else a POST may meet a closing one."""
 QUIET_SECONDS = 45.0
 """A stream without even a heartbeat for so long (three times the server's interval) is dead."""
 BODY_LIMIT = 64 * 1024 * 1024
