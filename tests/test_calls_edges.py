@@ -80,7 +80,7 @@ async def test_a_step_that_comes_again_in_its_middle_is_told_so() -> None:
         assert desktop.gui.typed == "a"
 
 
-async def test_a_step_that_failed_before_anything_was_sent_uses_its_number_up() -> None:
+async def test_a_step_that_could_not_begin_leaves_its_number_and_never_another_ones_answer() -> None:
     async with serving() as served:
         desktop = await served.play()
 
@@ -91,10 +91,11 @@ async def test_a_step_that_failed_before_anything_was_sent_uses_its_number_up() 
             patch.setattr(served.service.fleet, "awake", sleeps_on)
             failed = await step(served, write("a", step=1), key="k-1")
             assert (failed[0], failed[1]["code"]) == (503, "infra_error")
-        assert (await step(served, write("b", step=2), key="k-2"))[1]["step"] == 2
-        assert await step(served, write("a", step=1), key="k-1") == failed
-        assert await step(served, write("a", step=1)) == failed
-        assert desktop.gui.typed == "b"
+        assert (await step(served, write("b", step=1), key="k-2"))[1]["step"] == 1
+        status, problem = await step(served, write("a", step=1), key="k-1")
+        assert (status, problem["code"]) == (409, "step_repeated")
+        assert (await step(served, write("a", step=2), key="k-1"))[1]["step"] == 2
+        assert desktop.gui.typed == "ba"
 
 
 async def test_an_evaluation_sent_again_judges_no_other_episode() -> None:
