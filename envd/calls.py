@@ -13,13 +13,13 @@ from __future__ import annotations
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any, TypeVar, cast
+from typing import Any, Literal, TypeVar, cast
 
 import anyio
 import structlog
 from anyio.abc import TaskGroup
 
-from .errors import DeadlinePassed, Draining, EnvdError, InternalError, KeyReused
+from .errors import DeadlinePassed, DiskLow, Draining, EnvdError, InternalError, KeyReused
 from .records import KeptAnswer
 from .store import Kind, Store
 
@@ -107,6 +107,19 @@ class Calls:
         else:
             self._tasks.start_soon(self._run, sent.key, going, once)
         return cast(T, await self._outcome(going, sent))
+
+    async def keep(self, sent: Sent, what: Literal["job", "lease"], made: str) -> None:
+        """Return when what the call made, by its id, is on disk together with whose answer it is. Raises DiskLow; then
+        the call may be sent again, and what it made is its caller's to undo."""
+        if sent.key:
+            answer = KeptAnswer(fingerprint=sent.fingerprint, what=what, id=made)
+            self._store.put(Kind.ANSWERS, sent.key, answer)
+        try:
+            await self._store.commit()
+        except DiskLow:
+            if sent.key:
+                self.forget(sent.key)
+            raise
 
     def forget(self, key: str) -> None:
         """What was kept of the call: nothing came of it, and sent again it is done anew."""

@@ -612,7 +612,6 @@ class Envs:
                 fingerprint=sent.fingerprint,
                 prediction=request.prediction,
                 actions=tuple(request.actions) if request.actions is not None else None,
-                pause_s=request.pause_s,
             )
             self._store.put(Kind.STEPS, KeptStep.id(playing.episode_id, number), step)
             if sent.key:

@@ -64,7 +64,6 @@ class KeptStep(Model):
     fingerprint: str
     prediction: str | None = None
     actions: tuple[str, ...] | None = None
-    pause_s: float | None = None
     result: StepResult | None = None
     problem: Problem | None = None
     pictured: bool = False

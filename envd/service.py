@@ -253,14 +253,9 @@ class Service:
         async def work() -> Job:
             self.refuse_new_work()
             job = submit()
-            if sent.key:
-                answer = KeptAnswer(fingerprint=sent.fingerprint, what="job", id=job.id)
-                self.store.put(Kind.ANSWERS, sent.key, answer)
             try:
-                await self.store.commit()
+                await self.calls.keep(sent, "job", job.id)
             except DiskLow:
-                if sent.key:
-                    self.calls.forget(sent.key)
                 # Nobody was told of one that is new; whoever joined it meanwhile is told the same. One that was joined
                 # goes on.
                 if not job.joined:

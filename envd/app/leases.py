@@ -11,7 +11,6 @@ from ..errors import DiskLow, RequestError
 from ..leases import HEADER
 from ..models import Lease, LeaseRequest, LeaseState
 from ..records import KeptAnswer
-from ..store import Kind
 from .bodies import LONGEST_POLL, hold, number_in_query, read_call, read_json, service_of
 from .gate import caller_of
 
@@ -46,14 +45,9 @@ async def _ask(request: Request) -> Response:
     async def work() -> Lease:
         service.refuse_new_work()
         asked_for = service.leases.ask(_owner(request, asked), asked)
-        if how_sent.key:
-            answer = KeptAnswer(fingerprint=how_sent.fingerprint, what="lease", id=asked_for.id)
-            service.store.put(Kind.ANSWERS, how_sent.key, answer)
         try:
-            await service.store.commit()
+            await service.calls.keep(how_sent, "lease", asked_for.id)
         except DiskLow:
-            if how_sent.key:
-                service.calls.forget(how_sent.key)
             service.leases.release(asked_for.id)
             raise
         return asked_for
