@@ -33,6 +33,7 @@ from .episodes import Sent as StepSent
 from .errors import DiskLow, Draining, EnvBusy, InvalidRequest, SettingsError
 from .evaluations import Evaluations
 from .events import EventLog
+from .host import Host
 from .journal import Journal
 from .leases import Leases
 from .models import DesktopState, Env, EnvState, Episode, Job, JobState, StepRequest, StepResult, Verdict
@@ -82,6 +83,7 @@ class Service:
         self.abilities = Abilities.of(settings, has_asset=assets.has_now, ocr=evaluators.ocr)
         self.queue = BootQueue(settings, self.fleet, self.envs, store, events)
         self.leases = Leases(settings, self.envs, self.queue, store, events)
+        self.host = Host(settings.state_dir)
         self.started_at = time.time()
         self.closing = anyio.Event()
         """No new work is taken."""
@@ -110,6 +112,7 @@ class Service:
                     tasks.start_soon(part, running)
                     await running.wait()
                 tasks.start_soon(self.leases.run)
+                tasks.start_soon(self.host.run)
                 self._running = True
                 started()
         finally:

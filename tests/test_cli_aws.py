@@ -17,9 +17,8 @@ from aws_cloud import Account, account
 from rich.console import Console
 from typer.testing import CliRunner
 
-from envd import aws_check
-from envd.aws_gc import end, ls, survey
-from envd.cli import app
+from envd.cli import app, aws_check
+from envd.cli.aws_gc import end, ls, survey
 from envd.daemon import daemon_id, locked
 from envd.drivers.aws.findings import Finding
 from envd.drivers.aws.tags import as_list, schedule_name, tags_of

@@ -24,9 +24,9 @@ from aiohttp import web
 from daemon_process import environment
 from rich.console import Console
 
+from envd.cli.images import ls
+from envd.cli.pulling import pull
 from envd.errors import DockerUnavailable, ImageMissing
-from envd.images import ls
-from envd.pulling import pull
 from envd.settings import Settings, load
 
 MIB = 1024**2

@@ -17,11 +17,11 @@ from daemon_process import environment
 from rich.console import Console
 from vm_engine import shared
 
+from envd.cli.template_creation import PLACE
+from envd.cli.templates import ls, remove, verify
 from envd.daemon import locked
 from envd.errors import NotFound
 from envd.settings import Settings
-from envd.template_creation import PLACE
-from envd.templates import ls, remove, verify
 from envd.vm.disks import Disk
 from envd.vm.machine import Machine
 from envd.vm.templates import OVERLAY, RAM, STATE, Plan, Template, Templates, Trial

@@ -13,8 +13,8 @@ import pytest
 from test_bundles import settings, step, verdict
 
 from envd.bundles import Bundles
+from envd.cli.rescore import CANNOT, DIFFERENT, EQUAL, CannotRescore, rescore, unpack
 from envd.models import EndReason, Provenance
-from envd.rescore import CANNOT, DIFFERENT, EQUAL, CannotRescore, rescore, unpack
 from envd.settings import Settings
 from envd.tasks.grading import find_interpreter
 

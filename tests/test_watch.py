@@ -12,10 +12,10 @@ from fake_server import FakeServer, serving
 from rich.console import Console
 from rich.text import Text
 
+from envd.cli.watch import Board, clock, watch
 from envd.client import Client
 from envd.errors import BootTimeout, ServerUnreachable, UnknownJob
 from envd.models import Event, Job, JobState, Phase, Probe, ProbeResult, ResetPath
-from envd.watch import Board, clock, watch
 
 WAITS = Probe(name="screenshot", detail="connection refused", attempts=17)
 PASSED = Probe(name="chrome_cdp", result=ProbeResult.OK, passed=True, detail="1 page", attempts=3, seconds=4.12)

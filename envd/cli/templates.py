@@ -10,11 +10,11 @@ from typing import Any
 from anyio.to_thread import run_sync
 from rich.console import Console
 
-from .errors import NotFound
+from ..errors import NotFound
+from ..settings import Settings
+from ..vm.disks import in_words
+from ..vm.templates import Listed, list_templates, remove_template, verify_template
 from .listing import ago, console, print_json
-from .settings import Settings
-from .vm.disks import in_words
-from .vm.templates import Listed, list_templates, remove_template, verify_template
 from .watch import clean
 
 SHORTEST = 8

@@ -23,10 +23,10 @@ from rich.rule import Rule
 from rich.table import Table
 from rich.text import Text
 
-from .client.follow import parsed_job
-from .client.transport import OnRetry
-from .errors import EnvdError
-from .models import Event, Job, JobKind, JobState, Probe, ProbeResult
+from ..client.follow import parsed_job
+from ..client.transport import OnRetry
+from ..errors import EnvdError
+from ..models import Event, Job, JobKind, JobState, Probe, ProbeResult
 
 REFRESH_SECONDS = 0.25
 PROGRESS_SECONDS = 10.0

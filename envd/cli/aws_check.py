@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .drivers.aws.check import Finding
-from .drivers.aws.check import check as look
-from .drivers.aws.findings import Verdict
+from ..drivers.aws.check import Finding
+from ..drivers.aws.check import check as look
+from ..drivers.aws.findings import Verdict
+from ..settings import Settings
 from .listing import console, print_json
-from .settings import Settings
 from .watch import clean
 
 STYLES: dict[Verdict, str] = {"ok": "green", "warning": "yellow", "failed": "bold red", "unknown": "cyan"}

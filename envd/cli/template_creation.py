@@ -11,16 +11,16 @@ import anyio
 from anyio.to_thread import run_sync
 from rich.console import Console
 
-from . import log
-from .client.transport import OnRetry
-from .daemon import daemon_id, locked
-from .errors import SettingsError
-from .events import EventLog
+from .. import log
+from ..client.transport import OnRetry
+from ..daemon import daemon_id, locked
+from ..errors import SettingsError
+from ..events import EventLog
+from ..models import Event, ResetPath
+from ..service import Service, open_service
+from ..settings import Settings
 from .images import look
 from .listing import console
-from .models import Event, ResetPath
-from .service import Service, open_service
-from .settings import Settings
 from .watch import watch
 
 PLACE = "templates"

@@ -10,13 +10,13 @@ from typing import Annotated
 
 import typer
 
+from .common import Json, fail, talk
+
 app = typer.Typer(
     help="Desktops on EC2: whether they can be launched, which there are, and the end of forgotten ones.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
 @app.command()
@@ -34,8 +34,7 @@ def check(as_json: Json = False) -> None:
 
     Exit codes: 0 nothing failed, 1 something did.
     """
-    from .cli import talk
-    from .settings import load
+    from ..settings import load
 
     with _told():
         from .aws_check import check as look
@@ -55,8 +54,7 @@ def list_instances(as_json: Json = False) -> None:
       envd aws ls
       AWS_REGION=eu-west-3 envd aws ls --json
     """
-    from .cli import talk
-    from .settings import load
+    from ..settings import load
 
     with _told():
         from .aws_gc import ls
@@ -90,8 +88,7 @@ def gc(
 
     Exit codes: 0 done, or nothing to do; 1 refused, or something could not be ended.
     """
-    from .cli import fail, talk
-    from .settings import load
+    from ..settings import load
 
     with _told():
         from .aws_gc import Plan, end, show, survey
@@ -117,8 +114,7 @@ def gc(
 @contextmanager
 def _told() -> Iterator[None]:
     """Errors of what is imported and loaded before there is a loop: a missing package, a bad setting."""
-    from .cli import fail
-    from .errors import EnvdError
+    from ..errors import EnvdError
 
     try:
         yield

@@ -1,17 +1,15 @@
-"""The `envd` command: parses, calls, prints; owns no logic. Everything heavy is imported by the command that needs
-it."""
+"""Every command, and the groups of them."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Coroutine
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
 
-from . import __version__
+from .. import __version__
 from .aws import app as aws
+from .common import Json, Paths, Url, fail, server, talk
 
 app = typer.Typer(
     name="envd",
@@ -33,10 +31,6 @@ templates = typer.Typer(
 app.add_typer(templates, name="templates")
 app.add_typer(aws, name="aws")
 
-Paths = Annotated[list[Path], typer.Argument(metavar="PATH", help="Task files, and folders that hold some.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Url = Annotated[str | None, typer.Option("--url", help="The server; default ENVD_URL, else http://127.0.0.1:15001.")]
-
 
 def main() -> None:
     app()
@@ -55,9 +49,9 @@ def serve(
     """
     import asyncio
 
-    from . import daemon, log
-    from .errors import StartError
-    from .settings import load
+    from .. import daemon, log
+    from ..errors import StartError
+    from ..settings import load
 
     try:
         log.setup()
@@ -83,7 +77,7 @@ def watch(
     Phase and ETA, both probes, place in the queue; a restart of the daemon is survived. Exit code 0 if the job
     succeeded.
     """
-    from .client import Client
+    from ..client import Client
     from .watch import watch as follow
 
     async def run() -> int:
@@ -99,7 +93,7 @@ def prewarm(url: Url = None) -> None:
 
     The next reset finds it and needs no boot of its own.
     """
-    from .client import Client
+    from ..client import Client
     from .watch import watch as follow
 
     async def run() -> int:
@@ -117,8 +111,8 @@ def check(paths: Paths, as_json: Json = False) -> None:
 
     Exit codes: 0 all can, 1 some cannot, 2 no task file was found.
     """
-    from .settings import load
-    from .tasks.check import check as look
+    from ..settings import load
+    from ..tasks.check import check as look
 
     async def run() -> int:
         return await look(paths, load(), as_json=as_json)
@@ -132,8 +126,8 @@ def prefetch(paths: Paths) -> None:
 
     May run beside the server. Exit codes: 0 all are there, 1 some are missing, 2 no task file was found.
     """
-    from .settings import load
-    from .tasks.prefetch import prefetch as fetch
+    from ..settings import load
+    from ..tasks.prefetch import prefetch as fetch
 
     async def run() -> int:
         return await fetch(paths, load())
@@ -147,8 +141,8 @@ def rescore(
     as_json: Json = False,
 ) -> None:
     """Run the grader again on what it saw, and compare the scores."""
+    from ..settings import load
     from .rescore import rescore as again
-    from .settings import load
 
     async def run() -> int:
         return await again(bundle, load(), as_json=as_json)
@@ -162,8 +156,8 @@ def list_images(as_json: Json = False) -> None:
 
     Exit codes: 0 what they need is here, 1 something is missing.
     """
+    from ..settings import load
     from .images import ls
-    from .settings import load
 
     async def run() -> int:
         return await ls(load(), as_json=as_json)
@@ -176,8 +170,8 @@ def pull_image(
     image: Annotated[str | None, typer.Argument(help="Its name; default ENVD_DOCKER_IMAGE.")] = None,
 ) -> None:
     """Get an image from its registry. Ours come from `make images`."""
+    from ..settings import load
     from .pulling import pull
-    from .settings import load
 
     async def run() -> int:
         return await pull(load(), image)
@@ -188,7 +182,7 @@ def pull_image(
 @templates.command("ls")
 def list_templates(as_json: Json = False) -> None:
     """Show every template of this user: what it is of, what it takes, whether it is used and if not, why."""
-    from .settings import load
+    from ..settings import load
     from .templates import ls
 
     async def run() -> int:
@@ -203,7 +197,7 @@ def create_template() -> None:
 
     The next reset clones it. Needs no daemon, and may run beside one. Exit codes: 0 there is one, 1 there is not.
     """
-    from .settings import load
+    from ..settings import load
     from .template_creation import create
 
     async def run() -> int:
@@ -221,7 +215,7 @@ def remove_templates(
 
     Exit codes: 0 they are gone, 1 one was kept or there is no such template.
     """
-    from .settings import load
+    from ..settings import load
     from .templates import remove
 
     async def run() -> int:
@@ -239,7 +233,7 @@ def verify_templates(
 
     Exit codes: 0 all are as they were, 1 one is not.
     """
-    from .settings import load
+    from ..settings import load
     from .templates import verify
 
     async def run() -> int:
@@ -252,34 +246,3 @@ def verify_templates(
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
-
-
-def server(url: str | None) -> str:
-    from .settings import load
-
-    return url or load().url
-
-
-def talk(work: Coroutine[Any, Any, int]) -> int:
-    """Run a client command; errors are told in two lines, Ctrl-C is quiet."""
-    import asyncio
-
-    from .errors import EnvdError
-
-    try:
-        return asyncio.run(work)
-    except EnvdError as error:
-        fail(error.detail, error.hint, 1)
-    except KeyboardInterrupt:
-        return 130
-
-
-def fail(detail: str, hint: str, code: int) -> NoReturn:
-    try:
-        typer.secho(detail, fg=typer.colors.RED, err=True)
-        if hint:
-            typer.echo(hint, err=True)
-    except OSError:
-        # Nobody can read it. The exit code still tells, if Python does not try once more to write on its way out.
-        os._exit(code)
-    raise SystemExit(code)

@@ -11,10 +11,10 @@ from anyio.to_thread import run_sync
 from rich.console import Console
 from rich.filesize import decimal
 
-from .errors import DiskUnusable, EnvdError, ImageMissing
+from ..errors import DiskUnusable, EnvdError, ImageMissing
+from ..settings import Settings
+from ..vm.disks import check_disk
 from .listing import ago, console, print_json, print_list
-from .settings import Settings
-from .vm.disks import check_disk
 
 Kind = Literal["desktop", "qemu", "foreign", "disk"]
 
@@ -85,8 +85,8 @@ async def look(settings: Settings) -> tuple[list[Part], EnvdError | None]:
 async def _images(names: Sequence[str], settings: Settings) -> list[Part]:
     """Raises DockerUnavailable, SettingsError for a DOCKER_HOST that cannot be used, MissingDependency."""
     # Only here: whoever has machines without Docker need not have its client either.
-    from .drivers.docker.engine import Engine
-    from .drivers.docker.images import find
+    from ..drivers.docker.engine import Engine
+    from ..drivers.docker.images import find
 
     async with Engine(settings.docker_host) as engine:
         parts = []

@@ -16,16 +16,16 @@ from typing import Any
 from anyio.to_thread import run_sync
 from rich.console import Console
 
-from .daemon import daemon_id, locked
-from .drivers.aws.budget import load_prices
-from .drivers.aws.cloud import Cloud, open_cloud
-from .drivers.aws.place import find_region
-from .drivers.aws.sweep import Found, find_instances, orphan_schedules, terminate
-from .drivers.aws.tags import schedule_name
-from .drivers.aws.ttl import remove_schedule
-from .errors import StateDirLocked
+from ..daemon import daemon_id, locked
+from ..drivers.aws.budget import load_prices
+from ..drivers.aws.cloud import Cloud, open_cloud
+from ..drivers.aws.place import find_region
+from ..drivers.aws.sweep import Found, find_instances, orphan_schedules, terminate
+from ..drivers.aws.tags import schedule_name
+from ..drivers.aws.ttl import remove_schedule
+from ..errors import StateDirLocked
+from ..settings import Settings
 from .listing import ago, console, print_json, print_list
-from .settings import Settings
 
 
 @dataclass(frozen=True)

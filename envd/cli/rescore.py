@@ -22,14 +22,14 @@ import anyio.to_thread
 import typer
 from pydantic import ValidationError
 
-from .actions.pyautogui import Special
-from .bundle_files import regular_files
-from .models import EndReason, MetricRecord, Verdict
-from .settings import Settings
-from .tasks.abilities import Abilities
-from .tasks.grading import GradeReport, GradeRequest, Graders, GuestAddress
-from .tasks.schema import examine
-from .tasks.task import Evaluator
+from ..actions.pyautogui import Special
+from ..bundle_files import regular_files
+from ..models import EndReason, MetricRecord, Verdict
+from ..settings import Settings
+from ..tasks.abilities import Abilities
+from ..tasks.grading import GradeReport, GradeRequest, Graders, GuestAddress
+from ..tasks.schema import examine
+from ..tasks.task import Evaluator
 
 EQUAL, DIFFERENT, CANNOT = 0, 1, 2
 TOLERANCE = 1e-9

@@ -10,11 +10,11 @@ from rich.console import Console
 from rich.filesize import decimal
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
-from .drivers.docker.engine import Engine
-from .drivers.docker.images import Pulling, find
-from .drivers.docker.images import pull as pull_image
+from ..drivers.docker.engine import Engine
+from ..drivers.docker.images import Pulling, find
+from ..drivers.docker.images import pull as pull_image
+from ..settings import Settings
 from .listing import console
-from .settings import Settings
 from .watch import clean
 
 LINE_EVERY = 5.0
