@@ -20,7 +20,7 @@ from .errors import Fault, Problem
 class Model(BaseModel):
     """Readers ignore what they do not know, so that an old client can talk to a new server."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
 
 Counts = Literal["actions", "predictions"]
