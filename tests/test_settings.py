@@ -12,7 +12,7 @@ import pytest
 from envd.errors import SettingsError
 from envd.settings import VARIABLES, Settings, effective, load
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "envd/app/docs/pages/settings.md"
 
 
 def refused(environ: dict[str, str], env_file: Path | None = None) -> str:
@@ -137,8 +137,8 @@ def test_every_setting_says_what_it_is_for() -> None:
     assert [name for name, field in Settings.model_fields.items() if not field.description] == []
 
 
-def test_the_readme_lists_every_setting_with_its_default() -> None:
-    rows = [line.split("|")[1:3] for line in README.read_text().splitlines() if re.match(r"\| `(ENVD_|[A-Z_]+`)", line)]
+def test_the_page_of_settings_lists_every_one_with_its_default() -> None:
+    rows = [line.split("|")[1:3] for line in PAGE.read_text().splitlines() if re.match(r"\| `(ENVD_|[A-Z_]+`)", line)]
     table: dict[str, str] = {}
     for names, defaults in rows:
         named, given = re.findall(r"`([A-Z_]+)`", names), re.findall(r"`([^`]*)`", defaults)

@@ -83,6 +83,16 @@ _TASK: Schema = {
     "config": [],
     "evaluator": {"func": "infeasible"},
 }
+_JOB: Schema = {
+    "id": "job-0123456789ab",
+    "kind": "reset",
+    "env": 0,
+    "state": "booting",
+    "version": 4,
+    "created_at": 1790000000.0,
+    "eta_s": 21.5,
+    "phase": "probe",
+}
 EXAMPLES: dict[str, Any] = {
     "/v1/envs/{env}/reset": {"task": _TASK, "max_steps": 30},
     "/v1/envs/{env}/step": {"actions": ["pyautogui.click(960, 540)"], "include_screenshot": False},
@@ -98,6 +108,38 @@ EXAMPLES: dict[str, Any] = {
     "/env/history_messages": {"slot_id": 0},
 }
 """Bodies that work, by path."""
+ANSWERS: dict[str, Any] = {
+    "/env/reset": {
+        "env_idx": 0,
+        "obs_messages": [{"role": "system", "content": []}],
+        "is_done": False,
+        "format_reward": 0.0,
+    },
+    "/env/step": {"env_idx": 0, "obs_messages": None, "is_done": True, "format_reward": 0.0},
+    "/env/evaluate": 1.0,
+    "/health": {"status": "ok", "provider": "docker", "slot_statuses": {"0": "initialized"}},
+    "/v1/drain": {"draining": True, "left_s": 3540.2, "envs": [0]},
+    "/v1/envs": {"envs": [{"id": 0, "state": "empty"}]},
+    "/v1/envs/{env}": {"id": 0, "state": "empty"},
+    "/v1/envs/{env}/history": {"history_messages": [{"role": "system", "content": []}]},
+    "/v1/episodes": {"episodes": ["episode-0123456789ab"]},
+    "/v1/jobs": {"jobs": [_JOB]},
+    "/v1/jobs/{job}": _JOB | {"links": {"self": "/v1/jobs/job-0123456789ab"}},
+    "/v1/envs/{env}/reset": _JOB | {"links": {"self": "/v1/jobs/job-0123456789ab"}},
+    "/v1/envs/{env}/step": {
+        "env": 0,
+        "episode_id": "episode-0123456789ab",
+        "step": 1,
+        "done": False,
+        "format_reward": 0.0,
+        "actions": [{"action": "pyautogui.click(960, 540)", "outcome": "ok", "via": "guest", "seconds": 0.06}],
+    },
+    "/v1/queue": {"booting": [_JOB], "waiting": [], "limit": 1024},
+    "/v1/links": {"path": "/v1/envs/0/screenshot?signature=…"},
+    "/livez": {"live": True},
+    "/readyz": {"ready": False, "reasons": ["the driver is being opened"], "warnings": []},
+}
+"""Answers as they may be, by path; fields that say nothing are left out of them."""
 
 MODELS: tuple[type[BaseModel], ...] = (
     DrainRequest,
@@ -351,7 +393,8 @@ def _answers(path: str, stream: bool) -> dict[int, Schema]:
         kinds = ("text/event-stream",) if stream else OTHER[path]
         found[200] = {"description": "as the summary says", "content": {kind: {} for kind in kinds}}
     for status, schema in JSON.get(path, {} if found else {200: {}}).items():
-        content = {"application/json": {"schema": schema} if schema else {}}
+        shown = {"example": ANSWERS[path]} if path in ANSWERS else {}
+        content = {"application/json": {"schema": schema, **shown} if schema else {}}
         found[status] = {"description": "as the summary says", "content": content}
     if path in WITHOUT_BODY:
         status, why = WITHOUT_BODY[path]
