@@ -94,7 +94,7 @@ def commands_page() -> str:
         shown = [(name, " ".join(words.split())) for name, words in options if name != "--help"]
         if shown:
             lines += [
-                "| | |",
+                "| argument | meaning |",
                 "|---|---|",
                 *(f"| `{name}` | {words} |".replace("[required]", "") for name, words in shown),
                 "",
@@ -149,11 +149,13 @@ def errors_page() -> str:
             f"| [{name}](#{name.lower().replace(' ', '-')}), `{fault}` | {words} |"
             for fault, (name, words) in FAULTS.items()
         ),
-        "| the model, `agent` | No error is: a prediction that does not parse ends the episode, which is judged. |",
+        "| the model, `agent` | None: a prediction that does not parse ends the episode, which is then judged. |",
     ]
     for fault, (name, _) in FAULTS.items():
+        of_fault = [cls for cls in sent if cls.fault is fault]
         lines.append(f"\n## {name}\n")
-        lines += [_error(cls) for cls in sent if cls.fault is fault]
+        lines.append(" · ".join(f"[`{cls.code}`](#{cls.code})" for cls in of_fault) + "\n")
+        lines += [_error(cls) for cls in of_fault]
     lines += ["\n## The daemon cannot start\n", "Printed by `envd serve`, and never sent.\n"]
     lines += [_error(cls) for cls in classes.values() if issubclass(cls, StartError)]
     return MARK + "\n".join(lines)

@@ -52,7 +52,7 @@ def examples() -> dict[str, str]:
 def _front(document: Schema) -> str:
     lines = [(_PARTS / "conventions.md").read_text(encoding="utf-8")]
     for tag, words in TAGS.items():
-        lines += [f"### {TITLES[tag]}\n", f"{words}\n", "| | | |", "|---|---|---|"]
+        lines += [f"### {TITLES[tag]}\n", f"{words}\n", "| method | path | what it does |", "|---|---|---|"]
         for method, path, operation in operations(document):
             if tag in operation["tags"]:
                 lines.append(
@@ -85,7 +85,7 @@ def _operation(method: str, path: str, operation: Schema) -> str:
         for one in operation["parameters"]
     ]
     if rows:
-        parts.append("\n".join(["| parameter | in | | |", "|---|---|---|---|", *rows]) + "\n")
+        parts.append("\n".join(["| parameter | in | kind | meaning |", "|---|---|---|---|", *rows]) + "\n")
     if body := operation.get("requestBody"):
         named = _kind(body["content"]["application/json"]["schema"])
         parts.append(f"Body: {named}{'' if body['required'] else ', may be left out'}.\n")
@@ -152,7 +152,7 @@ def _models_page(document: Schema) -> str:
             parts.append(f"One of {_kind(schema)}.\n")
         elif fields := schema.get("properties"):
             rows = [_field(field, about, field in schema.get("required", ())) for field, about in fields.items()]
-            parts.append("\n".join(["| field | | |", "|---|---|---|", *rows]) + "\n")
+            parts.append("\n".join(["| field | kind | meaning |", "|---|---|---|", *rows]) + "\n")
     return MARK + "\n".join(parts)
 
 
