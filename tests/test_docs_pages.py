@@ -204,6 +204,11 @@ def test_anchors_are_those_of_github(words: str, anchor: str) -> None:
     assert slug(words) == anchor
 
 
+def test_a_cell_knows_the_words_above_it() -> None:
+    body = render(PAGE, "| a | b |\n|---|---|\n| 1 | 2 |\n\n| c |\n|---|\n| 3 |\n").body
+    assert re.findall(r'<td data-label="(.)">(.)', body) == [("a", "1"), ("b", "2"), ("c", "3")]
+
+
 def test_the_same_heading_twice_has_two_anchors() -> None:
     headings: Any = render(PAGE, "# a\n## b\n## b\n").headings
     assert [heading.anchor for heading in headings] == ["a", "b", "b-1"]

@@ -54,6 +54,7 @@ def render(page: Page, text: str) -> Rendered:
     parser = MarkdownIt("commonmark", {"html": False}, renderer_cls=_Renderer).enable(["table", "strikethrough"])
     tokens = parser.parse(text)
     headings = _anchored(tokens)
+    _labelled(tokens)
     body = parser.renderer.render(tokens, parser.options, {"page": page})
     return Rendered(body, headings)
 
@@ -74,6 +75,23 @@ def _anchored(tokens: Sequence[Token]) -> list[Heading]:
             opening.attrSet("id", f"{anchor}-{again}" if again else anchor)
             found.append(Heading(int(opening.tag[1]), words, str(opening.attrGet("id"))))
     return found
+
+
+def _labelled(tokens: Sequence[Token]) -> None:
+    """Give each cell of a table the words above its column, for screens that are too narrow for columns."""
+    words: list[str] = []
+    column = 0
+    for opening, inline in pairwise(tokens):
+        match opening.type:
+            case "table_open":
+                words = []
+            case "th_open":
+                words.append(inline.content)
+            case "tr_open":
+                column = 0
+            case "td_open":
+                opening.attrSet("data-label", words[column])
+                column += 1
 
 
 class _Renderer(RendererHTML):
