@@ -105,6 +105,20 @@ def test_every_link_leads_somewhere_in_the_repository_too(name: str) -> None:
             assert target_of(page, reference) or file.endswith(".svg") or not file.startswith(HERE), reference
 
 
+@pytest.mark.parametrize("file", ["README.md", "deploy/DOCKER.md", "deploy/aws/README.md", "deploy/images/README.md"])
+def test_links_of_guides_lead_somewhere(file: str) -> None:
+    text = re.sub(r"```.*?```", "", (ROOT / file).read_text(), flags=re.DOTALL)
+    found = [one for one in re.findall(r"\]\(([^)\s]+)\)", text) if not one.startswith("http")]
+    assert found
+    for reference in found:
+        path, _, anchor = reference.partition("#")
+        target = (ROOT / file).parent / path if path else ROOT / file
+        assert target.exists(), reference
+        if anchor:
+            headings = render(PAGE, target.read_text()).headings
+            assert anchor in {heading.anchor for heading in headings}, reference
+
+
 def test_pages_that_follow_from_the_code_are_as_make_docs_writes_them(tmp_path: Path) -> None:
     write(tmp_path)
     stale = [

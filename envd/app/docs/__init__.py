@@ -18,7 +18,6 @@ from ...errors import NotFound
 from .. import leases, legacy, through, v1
 from ..openapi import document_of
 from .pages import PAGES
-from .site import policy_of, rendered
 
 
 async def openapi(request: Request) -> Response:
@@ -44,14 +43,23 @@ async def errors(request: Request) -> Response:
 async def _answer(name: str) -> Response:
     if name not in PAGES:
         raise NotFound(f"There is no page {name[:100]!r}.", hint="/docs lists them all.")
-    html = await anyio.to_thread.run_sync(rendered, name)  # the first time it reads and renders a file
+    html, policy = await anyio.to_thread.run_sync(_made, name)
     headers = {
-        "Content-Security-Policy": policy_of(html),
+        "Content-Security-Policy": policy,
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
         "Cache-Control": "max-age=300",
     }
     return HTMLResponse(html, headers=headers)
+
+
+@cache
+def _made(name: str) -> tuple[str, str]:
+    """The page and its policy. Reads files, and imports what renders Markdown, which no daemon waits for at its start."""
+    from .site import policy_of, rendered
+
+    html = rendered(name)
+    return html, policy_of(html)
 
 
 routes: list[BaseRoute] = [

@@ -19,7 +19,7 @@ _STYLE = Path(__file__).parent / "style.css"
 
 @cache
 def rendered(name: str) -> str:
-    """The page of that name as a whole document. Reads files: call it in a thread."""
+    """The page of that name as a whole document. Reads files."""
     page = PAGES[name]
     content = render(page, page.read())
     return _DOCUMENT.format(
