@@ -55,7 +55,7 @@ async def _answer(name: str) -> Response:
 
 @cache
 def _made(name: str) -> tuple[str, str]:
-    """The page and its policy. Reads files, and imports what renders Markdown: no daemon waits for that at its start."""
+    """The page and its policy. Reads files, and imports what renders Markdown: no start of a daemon waits for that."""
     from .site import policy_of, rendered
 
     html = rendered(name)
