@@ -179,6 +179,7 @@ make_user() {
   id "$user" >/dev/null 2>&1 && return
   say "making the user $user"
   changed=yes
+  getent group kvm >/dev/null || groupadd --system kvm # where udev has not made it
   useradd --system --user-group --home-dir "$state" --shell /usr/sbin/nologin "$user"
 }
 
@@ -361,8 +362,10 @@ run_it() {
     changed=yes
     systemctl reset-failed envd 2>/dev/null || true # of starts that failed before
     # Returns when the daemon says that it is ready.
+    local began
+    began=$(date +%s)
     if ! systemctl start envd; then
-      journalctl --unit envd --no-pager --lines 20 --output cat >&2 || true
+      journalctl --unit envd --since "@$began" --no-pager --output cat >&2 || true
       fail "envd did not start; its last words are above. Settings are in $settings; then: systemctl restart envd"
     fi
   fi
