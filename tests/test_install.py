@@ -26,14 +26,18 @@ TOKEN = "sed -n 's/^admin admin //p' /etc/envd/tokens"
 pytestmark = [pytest.mark.docker, pytest.mark.timeout(600)]
 
 
+def docker_command() -> Path:
+    """The program of this machine."""
+    return Path(str(shutil.which("docker"))).resolve()
+
+
 @pytest.fixture(scope="module")
 def host() -> Iterator[ServiceHost]:
     """One for all tests of this file, which go on from one another."""
     if not base():
         pytest.skip("docker: no image debian:bookworm-slim or envd/base:bookworm; `make images` makes one")
-    docker = Path(str(shutil.which("docker"))).resolve()
     # As on a host with an engine: its socket, and the command that speaks to it.
-    engine = ("--volume", f"{SOCKET}:{SOCKET}", "--volume", f"{docker}:/usr/bin/docker:ro")
+    engine = ("--volume", f"{SOCKET}:{SOCKET}", "--volume", f"{docker_command()}:/usr/bin/docker:ro")
     with service_host(*engine) as made:
         if made.why_no_systemd:
             pytest.skip(made.why_no_systemd)
