@@ -166,6 +166,11 @@ class Evaluations:
         judged = pending is not None and pending.done.is_set()
         return judged or (now.episode.done and play.task.evaluator is None)
 
+    @property
+    def running(self) -> int:
+        """How many episodes are being judged."""
+        return sum(1 for pending in self._pending.values() if not pending.done.is_set())
+
     async def idle(self) -> None:
         """Return when nothing is being judged."""
         for pending in tuple(self._pending.values()):
