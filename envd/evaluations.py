@@ -181,7 +181,8 @@ class Evaluations:
             verdict = await self._found(episode.id)
             found = verdict is not None
             if verdict is None:
-                verdict = await self._judge(episode, play)
+                with structlog.contextvars.bound_contextvars(episode_id=episode.id, env=episode.env):
+                    verdict = await self._judge(episode, play)
             with anyio.CancelScope(shield=True):
                 if not found:
                     # Told together with it: the next life, which finds it, would not tell of it.

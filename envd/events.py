@@ -159,6 +159,8 @@ class EventLog:
 
     def _log(self, event: Event) -> None:
         facts = {key: value for key in ("job_id", "env", "desktop_id") if (value := getattr(event, key)) is not None}
+        if event.job is not None and event.job.episode_id is not None:
+            facts |= {"episode_id": event.job.episode_id}
         if event.kind == "state" and event.job is not None:
             facts |= {"state": str(event.job.state)}
             if event.job.error is not None:

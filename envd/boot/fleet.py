@@ -245,7 +245,7 @@ class Fleet:
             async with probing:
                 # Whatever becomes of us, the next life knows of the instance before there is one.
                 await self._store.settle()
-                with anyio.fail_after(max(left, 0.0)):
+                with anyio.fail_after(max(left, 0.0)), structlog.contextvars.bound_contextvars(desktop_id=desktop.id):
                     made = await make(account)
             # Nothing is awaited from here on: a ready desktop of no env is a spare for whoever looks.
             self._set(entry, state=DesktopState.READY, endpoints=made.endpoints, ready_at=time.time(), chrome_cdp=True)

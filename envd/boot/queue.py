@@ -769,6 +769,10 @@ class BootQueue:
 
     async def _finish(self, ticket: _Ticket, desktop: Desktop | None, path: ResetPath) -> None:
         """From a clean desktop to the job's end."""
+        with structlog.contextvars.bound_contextvars(job_id=ticket.job.id, env=ticket.job.env):
+            await self._come_to_its_end(ticket, desktop, path)
+
+    async def _come_to_its_end(self, ticket: _Ticket, desktop: Desktop | None, path: ResetPath) -> None:
         if ticket.job.cancel_requested:
             if desktop is not None:
                 self._fleet.retire(desktop.id, "its job was cancelled")
