@@ -58,7 +58,7 @@ def _render(service: Service, now: list[Metric], accept: str) -> tuple[bytes, st
     together = _Together(service.metrics.registry.collect(), now)
     try:
         encode, kind = choose_encoder(accept)
-    except ValueError:  # a version that is none
+    except (TypeError, ValueError):  # a version that is none
         encode, kind = generate_latest, PLAIN
     return encode(together), kind
 
