@@ -47,6 +47,7 @@ async def logs(
 ) -> int:
     """Print the lines that are wanted, and go on with those that come if that is asked for. A server that answered once
     is waited for."""
+    notices = console or Console(stderr=True)
     console = console or Console()
 
     def tell(line: Mapping[str, Any]) -> None:
@@ -60,8 +61,8 @@ async def logs(
 
     def reconnecting(error: EnvdError, pause: float) -> None:
         nonlocal lost
-        if not lost and not as_json:
-            console.print(Text(f"reconnecting: {clean(error.detail)}", "yellow"), soft_wrap=True)
+        if not lost:
+            notices.print(Text(f"reconnecting: {clean(error.detail)}", "yellow"), soft_wrap=True)
         lost = True
 
     try:

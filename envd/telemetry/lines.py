@@ -79,7 +79,7 @@ class Lines:
         told: dict[str, Any] = {"id": f"{self.life}-{self._number}", **facts, "logger": logger}
         text = as_json(told)
         if len(text) > LONGEST:
-            short = {name: str(told[name])[:500] for name in _SHORT if name in told}
+            short = {name: _shortened(told[name]) for name in _SHORT if name in told}
             text = as_json({"id": told["id"], **short, "cut": text[:LONGEST]})
         env, job, episode = (told.get(name) for name in ("env", "job_id", "episode_id"))
         self._lines.append(
@@ -134,6 +134,10 @@ class Lines:
                     pass
         finally:
             self._waiting.discard(waiting)
+
+
+def _shortened(value: Any) -> Any:
+    return value if isinstance(value, int | float) else str(value)[:500]
 
 
 class Keeper(logging.Handler):
