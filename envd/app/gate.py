@@ -15,6 +15,7 @@ from starlette.types import Scope as AsgiScope
 
 from ..access import Access, Caller, Scope
 from ..errors import EnvdError, Forbidden, MisdirectedRequest, TooManyRequests
+from ..telemetry.about import note
 from .problems import refuse
 
 logger = structlog.get_logger(__name__)
@@ -57,6 +58,8 @@ class Gate:
             await self._refuse(error, scope, receive, send)
             return
         scope[CALLER] = caller
+        if caller is not None:
+            note(caller=caller.name)
         if caller is not None and caller.how == "link" and caller.below:
             send = _keeps_link(scope, caller, send)
         left = None if caller is None or caller.until is None else caller.until - time.time()

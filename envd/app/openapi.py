@@ -29,7 +29,7 @@ from ..models import (
     StepResult,
     Verdict,
 )
-from . import legacy
+from . import legacy, logs
 from .gate import LINK, SAFE
 from .sse import EventStream
 
@@ -238,6 +238,8 @@ OTHER: dict[str, tuple[str, ...]] = {
     "/v1/envs/{env}/vnc/{path}": ("*/*",),
     "/v1/envs/{env}/cdp/{path}": ("*/*",),
     "/v1/episodes/{episode}/bundle": ("application/x-tar",),
+    "/v1/logs": ("application/x-ndjson",),
+    "/metrics": ("text/plain", "application/openmetrics-text"),
     "/docs": ("text/html",),
     "/docs/{page}": ("text/html",),
     "/errors": ("text/html",),
@@ -258,6 +260,16 @@ PARAMETERS: dict[str, tuple[tuple[str, str, Schema], ...]] = {
     "/v1/jobs/{job}/events": LAST_EVENT_ID,
     "/v1/leases/{lease}": (("query", "after", NOT_NEGATIVE), ("query", "wait", NOT_NEGATIVE)),
     "/v1/events": LAST_EVENT_ID,
+    "/v1/logs": (
+        ("query", "env", NOT_NEGATIVE),
+        ("query", "job", STRING),
+        ("query", "episode", STRING),
+        ("query", "level", {"enum": list(logs.LEVELS)}),
+        ("query", "since", NOT_NEGATIVE),
+        ("query", "after", STRING),
+        ("query", "limit", NOT_NEGATIVE),
+        ("query", "follow", {"enum": ["0", "1"]}),
+    ),
     "/v1/envs/{env}/files": (("query", "path", STRING), ("header", HEADER, STRING)),
     "/env/history_messages": (("query", "slot_id", {"type": "integer", "minimum": 0}),),
 }
