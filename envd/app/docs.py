@@ -14,7 +14,7 @@ from starlette.routing import BaseRoute, Route
 
 from .. import __version__
 from ..errors import StartError, error_classes
-from . import leases, legacy, through, v1
+from . import dashboard, leases, legacy, recorded, through, v1
 from .openapi import Schema, document_of
 
 
@@ -110,4 +110,14 @@ routes: list[BaseRoute] = [Route("/openapi.json", openapi), Route("/docs", page)
 
 @cache
 def openapi_document() -> dict[str, Any]:
-    return document_of((*legacy.routes, *v1.routes, *through.routes, *leases.routes, *routes))
+    return document_of(
+        (
+            *legacy.routes,
+            *v1.routes,
+            *recorded.routes,
+            *through.routes,
+            *leases.routes,
+            *routes,
+            *dashboard.routes,
+        )
+    )

@@ -22,6 +22,8 @@ audit = structlog.get_logger("envd.audit")
 
 OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})
 """For load balancers, which have no tokens; they tell nothing that anybody could use."""
+OPEN_PAGE = re.compile(r"/|/dashboard/[^/]*")
+"""The dashboard and its parts: they hold nothing of this daemon, and ask for what they show as any caller does."""
 ADMIN_PATHS = frozenset({"/v1/drain"})
 READING_PATHS = frozenset({"/v1/links", "/env/history_messages"})
 """Whose POST changes nothing."""
@@ -79,7 +81,7 @@ class Gate:
         """Raises MisdirectedRequest, Unauthorized, Forbidden, TooManyRequests."""
         path, method, headers = _path_of(scope), scope.get("method", "GET"), Headers(scope=scope)
         peer = _peer_of(scope)
-        if path in OPEN_PATHS and method in SAFE:
+        if method in SAFE and (path in OPEN_PATHS or OPEN_PAGE.fullmatch(path)):
             self._rates.require("a stranger", peer)
             return None
         query = parse_qs(scope["query_string"].decode("ascii", "replace"))
