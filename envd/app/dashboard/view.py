@@ -4,6 +4,7 @@ was before, `env` messages (an env as it now is), and `stats` every few seconds.
 
 from __future__ import annotations
 
+import re
 import socket
 import time
 from collections.abc import Collection, Iterator
@@ -20,7 +21,7 @@ VERDICTS_SHOWN = 200
 NEWS_SHOWN = 60
 BOOT_LINES = 12
 """Of one job."""
-UNTOLD = frozenset({"position", "probe", "phase"})
+UNTOLD = frozenset({"position", "probe", "phase", "progress"})
 """Kinds of events that are no news to people: a job tells of them itself."""
 LINE = 400
 """Characters of a line."""
@@ -128,7 +129,12 @@ def _boot_lines(events: Collection[Event], jobs: Collection[str]) -> dict[str, l
     for event in events:
         if event.job_id in jobs and event.kind in ("progress", "note") and (words := event.data.get("message")):
             assert event.job_id is not None
-            found.setdefault(event.job_id, []).append(
-                {"at": event.at, "kind": event.kind, "message": str(words)[:LINE]}
-            )
+            lines = found.setdefault(event.job_id, [])
+            if lines and _pattern(lines[-1]["message"]) == _pattern(words):
+                lines.pop()  # it only counts on
+            lines.append({"at": event.at, "kind": event.kind, "message": str(words)[:LINE]})
     return {job: lines[-BOOT_LINES:] for job, lines in found.items()}
+
+
+def _pattern(words: str) -> str:
+    return re.sub(r"\d+", "#", words[:LINE])

@@ -13,7 +13,7 @@ const about = (job) => (job.env === null ? job.kind : `env ${job.env}`);
 /** "ready in about 12 s", from what earlier jobs took */
 function expected(job) {
   if (job.eta_s === null) return "no estimate yet";
-  return job.eta_s > 0 ? `about ${counting(job.eta_s)} left` : "any moment";
+  return job.eta_s >= 1 ? `about ${counting(job.eta_s)} left` : "any moment";
 }
 
 export class Boots {

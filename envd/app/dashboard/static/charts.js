@@ -180,6 +180,7 @@ class Spark {
     setText(this.#value, this.#words(latest));
     const most = Math.max(...samples.map(this.#share), this.#share(latest));
     setAttribute(this.#plot, "aria-label", `${this.#name}: ${percent(this.#share(latest))} in use now, ${percent(most)} at most in the last half hour`);
-    setAttribute(this.node, "data-tone", this.#share(latest) > 0.95 ? "bad" : null);
+    // Processors that are all busy do what they are for.
+    setAttribute(this.node, "data-tone", this.#name !== "CPU" && this.#share(latest) > 0.95 ? "bad" : null);
   }
 }

@@ -12,14 +12,14 @@ const STATES = {
   playing: ["playing", "good"],
   done: ["episode over", "info"],
   resetting: ["resetting", "warn"],
-  waiting: ["waits for a reset", "warn"],
+  waiting: ["reset queued", "warn"],
   lost: ["desktop lost", "bad"],
   empty: ["empty", "idle"],
 };
 
 /** What the env does, as people put it. */
 function stateOf(env) {
-  if (env.state === "empty" && env.waiting_job_id) return "waiting";
+  if (env.waiting_job_id && env.state !== "resetting") return "waiting";
   return env.state === "playing" && env.episode?.done ? "done" : env.state;
 }
 
@@ -170,7 +170,7 @@ class Card {
     setAttribute(this.#state, "data-tone", tone);
     setAttribute(this.node, "data-state", state);
 
-    const task = episode ? episode.instruction || episode.task_id || "No task: a plain desktop." : env.detail || "No episode.";
+    const task = this.#taskOf(env);
     setText(this.#task, task);
     setAttribute(this.#task, "title", [episode?.task_id, task].filter(Boolean).join(": "));
     const count = episode ? (episode.counts === "actions" ? episode.actions : episode.steps) : 0;
@@ -203,6 +203,12 @@ class Card {
     setAttribute(this.#act, "aria-label", job ? `Cancel the reset of env ${env.id}` : `Give env ${env.id} a clean desktop`);
     allow(this.#act, "play", job?.cancel_requested ? "It is being cancelled." : this.#store.stats?.draining && !job ? "The daemon takes no new work." : "");
     this.tick();
+  }
+
+  #taskOf({ episode, state, detail }) {
+    if (episode) return episode.instruction || episode.task_id || "No task: a plain desktop.";
+    if (state !== "resetting") return detail || "No episode.";
+    return this.#job?.task_id ? `Becomes task ${this.#job.task_id}.` : "Becomes a plain desktop.";
   }
 
   tick() {

@@ -3,10 +3,10 @@
 
 import { Problem, get } from "./api.js";
 import { follow } from "./commands.js";
-import { byId, el, setAttribute, setText } from "./dom.js";
+import { byId, el, setAttribute, setHidden, setText } from "./dom.js";
 import { verdictWords } from "./envs.js";
 import { clock, duration } from "./format.js";
-import { caption, overlay } from "./marks.js";
+import { caption, overlay, spoken } from "./marks.js";
 import { release, show } from "./pictures.js";
 
 const THUMB = 240; // px
@@ -19,16 +19,19 @@ export class Film {
   #stage = byId("film-stage");
   #picture = el("img", { class: "film-picture", alt: "" });
   #drawing = null;
+  #caption = el("p", { class: "film-caption", hidden: true });
   #episode = null;
   #screen = [16, 9];
   #scenes = []; // what can be shown: {number, frame, step}; `step` is null for the last screen
   #shown = 0;
+  #verdict = "";
   #loading = null;
   #observer;
 
   constructor(store) {
     this.#store = store;
     this.#stage.prepend(this.#picture);
+    this.#stage.append(this.#caption);
     byId("film-close").addEventListener("click", () => this.#dialog.close());
     byId("film-back").addEventListener("click", () => this.#go(this.#shown - 1));
     byId("film-on").addEventListener("click", () => this.#go(this.#shown + 1));
@@ -101,6 +104,7 @@ export class Film {
     const what = [`env ${episode.env ?? "?"}`, episode.task_id, episode.began_at && clock(episode.began_at)].filter((one) => one !== null && one !== undefined);
     setText(byId("film-title"), `${this.#episode} · ${what.join(" · ")}`);
     const { words, tone, why } = verdict ? verdictWords(verdict) : { words: "no verdict", tone: "idle", why: "" };
+    this.#verdict = [words, why].filter(Boolean).join(": ");
     setText(byId("film-verdict"), words);
     setAttribute(byId("film-verdict"), "data-tone", tone);
     setAttribute(byId("film-verdict"), "title", why || null);
@@ -129,7 +133,7 @@ export class Film {
     const button = el(
       "button",
       { type: "button", class: "thumb", "aria-label": label, on: { click: () => this.#go(place) } },
-      el("span", { class: "thumb-picture" }, image, step === null ? null : overlay(step.marks, this.#screen, 2)),
+      el("span", { class: "thumb-picture" }, image, ...(step === null ? [] : drawn(step, this.#screen))),
       el("span", { class: "thumb-name number", text: name }),
     );
     const item = el("li", {}, button);
@@ -164,6 +168,8 @@ export class Film {
     this.#drawing?.remove();
     this.#drawing = overlay(step?.marks ?? [], this.#screen);
     this.#stage.append(this.#drawing);
+    setText(this.#caption, spoken(step?.marks ?? []));
+    setHidden(this.#caption, !this.#caption.textContent);
     void this.#project(place);
   }
 
@@ -185,7 +191,7 @@ export class Film {
     const count = this.#scenes.length - 1;
     setText(byId("film-step"), step === null ? (count ? "After the last step" : "No step yet") : `Step ${number} of ${count}`);
     setText(byId("film-said"), step?.said ?? "");
-    const said = step === null ? [] : [...step.marks.map(caption), step.problem, step.error, ...step.actions.map(outcome), step.end_reason && `Ended: ${step.end_reason}`];
+    const said = step === null ? [this.#verdict] : [...step.marks.map(caption), step.problem, step.error, ...step.actions.map(outcome), step.end_reason && `Ended: ${step.end_reason}`];
     byId("film-actions").replaceChildren(...said.filter(Boolean).map((words) => el("li", { text: words })));
     setAttribute(this.#picture, "alt", step === null ? "The last screen" : `The screen at step ${number}`);
   }
@@ -207,6 +213,8 @@ export class Film {
     this.#strip.replaceChildren();
     release(this.#picture);
     this.#drawing?.remove();
+    this.#verdict = "";
+    setHidden(this.#caption, true);
     this.#scenes = [];
     this.#shown = 0;
     this.#describe(null, 0);
@@ -217,6 +225,11 @@ export class Film {
     this.#episode = null;
     history.replaceState(null, "", location.pathname + location.search);
   }
+}
+
+function drawn(step, screen) {
+  const words = spoken(step.marks);
+  return [overlay(step.marks, screen, 2), words && el("span", { class: "thumb-caption", text: words })].filter(Boolean);
 }
 
 /** What became of an action, where that is worth a word. */

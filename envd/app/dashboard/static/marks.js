@@ -48,6 +48,9 @@ function arrow([x1, y1], [x2, y2], unit) {
   return `M${x1},${y1}L${x2},${y2}M${barb(0.5)}L${x2},${y2}L${barb(-0.5)}`;
 }
 
+/** What was done nowhere in particular, such as what was typed: words to lay over the picture. */
+export const spoken = (marks) => marks.filter((mark) => !mark.at).map(caption).join(" · ");
+
 /** "click", "type “hello”", … */
 export function caption(mark) {
   const text = mark.text.length > SHOWN ? `${mark.text.slice(0, SHOWN)}…` : mark.text;

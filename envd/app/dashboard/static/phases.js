@@ -79,7 +79,7 @@ class ProbeRow {
     setText(this.#name, `${PORTS[probe.name]} ${NAMES[probe.name]}`);
     setText(this.#result, probe.passed ? "passed" : probe.attempts ? probe.result : "waits");
     setAttribute(this.#result, "data-tone", probe.passed ? "good" : probe.result === "fail" ? "bad" : "idle");
-    setText(this.#detail, probe.detail);
+    setText(this.#detail, probe.detail.replace(/^https?:\/\/\S+ /, "")); // which address it was is seen on hovering
     setAttribute(this.#detail, "title", probe.detail);
     setText(this.#count, probe.passed ? duration(probe.seconds) : probe.attempts ? `try ${probe.attempts}` : "");
   }

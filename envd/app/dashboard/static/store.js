@@ -6,7 +6,7 @@ const ENDED = 500;
 const VERDICTS = 200;
 const NEWS = 60;
 const LINES = 12;
-const UNTOLD = new Set(["position", "probe", "phase", "env", "stats"]);
+const UNTOLD = new Set(["position", "probe", "phase", "progress", "env", "stats"]);
 
 export class Store {
   daemon = null;
@@ -96,7 +96,10 @@ export class Store {
     if (data.job) this.#takeJob(data.job);
     if (data.job_id && (event === "progress" || event === "note") && data.data.message) {
       const said = { at: data.at, kind: event, message: data.data.message.slice(0, 400) };
-      this.lines.set(data.job_id, [...(this.lines.get(data.job_id) ?? []), said].slice(-LINES));
+      const before = this.lines.get(data.job_id) ?? [];
+      // A line that only counts on takes the place of the one before.
+      const kept = pattern(before.at(-1)?.message) === pattern(said.message) ? before.slice(0, -1) : before;
+      this.lines.set(data.job_id, [...kept, said].slice(-LINES));
     }
     if (event === "verdict" && !this.verdicts.some((one) => one.episode_id === data.data.episode_id)) {
       const verdict = { env: data.env, at: data.at, ...data.data };
@@ -124,4 +127,5 @@ export class Store {
   }
 }
 
+const pattern = (words) => words?.replace(/\d+/g, "#");
 const byPosition = (a, b) => (a.position ?? Infinity) - (b.position ?? Infinity) || a.created_at - b.created_at;
