@@ -76,9 +76,9 @@ async def chromium(folder: Path) -> AsyncIterator[Browser]:
 async def _address(file: Path, process: asyncio.subprocess.Process) -> str:
     async with asyncio.timeout(PATIENCE):
         while process.returncode is None:
-            told = file.read_text().split() if file.exists() else []
-            if len(told) == 2:
-                return f"ws://127.0.0.1:{told[0]}{told[1]}"
+            with suppress(OSError, ValueError):
+                port, path = (await asyncio.to_thread(file.read_text)).split()
+                return f"ws://127.0.0.1:{port}{path}"
             await asyncio.sleep(0.02)
     raise AssertionError(f"chromium ended with {process.returncode}")
 
@@ -126,10 +126,15 @@ class Browser:
         finally:
             await self.command("Target.disposeBrowserContext", browserContextId=context)
 
-    async def targets(self) -> list[dict[str, Any]]:
-        """The pages that are open."""
-        told = (await self.command("Target.getTargets"))["targetInfos"]
-        return [one for one in told if one["type"] == "page"]
+    async def opened(self, part: str) -> dict[str, Any]:
+        """What is told of the page whose address has that `part`, once there is one."""
+        end = asyncio.get_running_loop().time() + PATIENCE
+        while asyncio.get_running_loop().time() < end:
+            for target in (await self.command("Target.getTargets"))["targetInfos"]:
+                if target["type"] == "page" and part in target["url"]:
+                    return target  # type: ignore[no-any-return]  # JSON
+            await asyncio.sleep(0.05)
+        raise AssertionError(f"no page at {part} was opened")
 
 
 class Page:
@@ -162,16 +167,21 @@ class Page:
 
     async def evaluate(self, expression: str) -> Any:
         """Its value, as JSON; of a promise what it comes to. Fails where it throws."""
-        told = await self.command(
-            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True, userGesture=True
-        )
+        told = await self._evaluated(expression)
         assert "exceptionDetails" not in told, told["exceptionDetails"]
         return told["result"].get("value")
 
+    async def _evaluated(self, expression: str) -> dict[str, Any]:
+        return await self.command(
+            "Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True, userGesture=True
+        )
+
     async def until(self, expression: str, seconds: float = PATIENCE) -> Any:
-        """Its value as soon as that is true; fails with what the page shows."""
+        """Its value as soon as that is true, and it does not throw; fails with what the page shows."""
         end = asyncio.get_running_loop().time() + seconds
-        while not (value := await self.evaluate(expression)):
+        while not (value := (told := await self._evaluated(expression))["result"].get("value")) or (
+            "exceptionDetails" in told
+        ):
             if asyncio.get_running_loop().time() > end:
                 shown = await self.evaluate("document.body.innerText.slice(0, 3000)")
                 raise AssertionError(f"{expression} did not come to pass; the page shows:\n{shown}\n{self.troubles}")
@@ -196,9 +206,7 @@ class Page:
 
     async def press(self, key: str, code: int) -> None:
         for kind in ("rawKeyDown", "keyUp"):
-            await self.command(
-                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code
-            )
+            await self.command("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
 
     async def type(self, text: str) -> None:
         await self.command("Input.insertText", text=text)
