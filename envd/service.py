@@ -376,6 +376,12 @@ class Service:
             reasons.append(f"the queue is full: {self.queue.callers_waiting} jobs wait")
         return reasons
 
+    def readiness(self) -> dict[str, Any]:
+        """What `/readyz` says."""
+        reasons = self.not_ready()
+        insecure = ["ENVD_INSECURE: whoever reaches this address can use the desktops"]
+        return {"ready": not reasons, "reasons": reasons, "warnings": insecure if self.settings.insecure else []}
+
     def refuse_when_draining(self) -> None:
         if self.draining.is_set():
             raise Draining("The daemon is shutting down and takes no new work.", retry_after=5)

@@ -257,5 +257,7 @@ def test_a_user_who_may_not_install_is_told(host: ServiceHost) -> None:
 def test_help_names_every_option(host: ServiceHost) -> None:
     said = installed(host, "--help")
     source = (ROOT / "deploy" / "install.sh").read_text()
-    options = set(re.findall(r"--[a-z-]+", source[source.index("read_arguments()") : source.index("# -- what it is to")]))
+    options = set(
+        re.findall(r"--[a-z-]+", source[source.index("read_arguments()") : source.index("# -- what it is to")])
+    )
     assert options - {"--help"} <= set(re.findall(r"--[a-z-]+", said))

@@ -157,12 +157,12 @@ async def test_events_come_one_by_one(program: str, signed: Certificate, tmp_pat
             # Each is read before the next one can happen: what held them back would never let go.
             status, job = await served.post("/v1/envs/0/reset", {})
             assert status == 202
-            await reader.until(lambda message, made=job["id"]: json.loads(message.data).get("job", {}).get("id") == made)
+            await reader.until(
+                lambda message, made=job["id"]: json.loads(message.data).get("job", {}).get("id") == made
+            )
 
 
-async def test_a_reset_may_take_as_long_as_old_clients_wait(
-    program: str, signed: Certificate, tmp_path: Path
-) -> None:
+async def test_a_reset_may_take_as_long_as_old_clients_wait(program: str, signed: Certificate, tmp_path: Path) -> None:
     """All times are shrunk alike: nginx's patience from 3600 s to 6 s, what a reset takes from 1800 s to 3 s. Caddy has
     no patience to shrink."""
 

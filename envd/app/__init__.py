@@ -6,24 +6,16 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
 from ..service import Service
-from . import docs, leases, legacy, logs, metrics, through, v1
 from .gate import Gate
 from .lasting import Lasting
 from .problems import Boundary, exception_handlers
+from .routes import ROUTES
 
 
 def create_app(service: Service) -> Starlette:
     """The ASGI application over a running service."""
     app = Starlette(
-        routes=[
-            *legacy.routes,
-            *v1.routes,
-            *through.routes,
-            *leases.routes,
-            *metrics.routes,
-            *logs.routes,
-            *docs.routes,
-        ],
+        routes=ROUTES,
         middleware=[
             Middleware(Boundary, service.metrics, service.tracing),
             Middleware(Gate, service.access, service.settings.request_rate),

@@ -32,6 +32,7 @@ from .bodies import (
     wait_preferred,
 )
 from .gate import caller_of, needed_scope
+from .recorded import picture_response, width_asked
 from .sse import EventStream
 
 
@@ -156,12 +157,12 @@ async def step(request: Request) -> Response:
 
 
 async def screenshot(request: Request) -> Response:
-    """The screen as it is now."""
+    """The screen as it is now; with `width`, as a JPEG of at most so many pixels across."""
+    width = width_asked(request)
     service, number = service_of(request), env_of(request)
     service.about(number)
     picture = await service.envs.screenshot(number)
-    kind = "image/png" if picture.startswith(b"\x89PNG") else "image/jpeg"
-    return Response(picture, media_type=kind, headers={"Cache-Control": "no-store"})
+    return await picture_response(picture, width, "no-store")
 
 
 async def history(request: Request) -> Response:
@@ -227,11 +228,16 @@ async def link(request: Request) -> Response:
 
 async def readyz(request: Request) -> Response:
     """Whether a reset can be served now, and if not why."""
-    service = service_of(request)
-    reasons = service.not_ready()
-    insecure = ["ENVD_INSECURE: whoever reaches this address can use the desktops"] if service.settings.insecure else []
-    said = {"ready": not reasons, "reasons": reasons, "warnings": insecure}
-    return JSONResponse(said, 503 if reasons else 200)
+    said = service_of(request).readiness()
+    return JSONResponse(said, 200 if said["ready"] else 503)
+
+
+async def whoami(request: Request) -> Response:
+    """Who the caller is taken for, and what it may: its name, its scope (read, play, admin), how it was known (token,
+    link, cookie, network, open), and until when (Unix seconds; null for ever)."""
+    caller = caller_of(request.scope)
+    said = {"name": caller.name, "scope": caller.scope.name.lower(), "how": caller.how, "until": caller.until}
+    return JSONResponse(said, headers={"Cache-Control": "no-store"})
 
 
 async def version(request: Request) -> Response:
@@ -270,6 +276,7 @@ routes = [
     Route("/v1/prewarm", prewarm, methods=["POST"]),
     Route("/v1/drain", drain, methods=["GET", "POST"]),
     Route("/livez", livez),
+    Route("/v1/whoami", whoami),
     Route("/v1/links", link, methods=["POST"]),
     Route("/readyz", readyz),
     Route("/version", version),
