@@ -45,6 +45,8 @@ from .tasks.assets import Assets
 from .tasks.evaluating import Evaluators
 from .tasks.schema import examine, parse
 from .tasks.task import NO_TASK
+from .vm.kvm import Kvm
+from .vm.kvm import known as known_kvm
 
 logger = structlog.get_logger(__name__)
 
@@ -84,6 +86,8 @@ class Service:
         self.queue = BootQueue(settings, self.fleet, self.envs, store, events)
         self.leases = Leases(settings, self.envs, self.queue, store, events)
         self.host = Host(settings.state_dir)
+        self.kvm: Kvm | None = None
+        """What is known of it since the provider was opened, which tries it if it needs it. None: nobody tried."""
         self.started_at = time.time()
         self.closing = anyio.Event()
         """No new work is taken."""
@@ -397,7 +401,9 @@ async def open_service(settings: Settings, daemon_id: str, driver: Driver | None
             driver or make_driver(settings, daemon_id) as opened,
         ):
             events = EventLog(store)
-            yield Service(settings, opened, store, events, session, assets, bundles, evaluators, daemon_id, access)
+            service = Service(settings, opened, store, events, session, assets, bundles, evaluators, daemon_id, access)
+            service.kvm = await anyio.to_thread.run_sync(known_kvm, settings.state_dir)
+            yield service
 
 
 def _goes_on(job: Job) -> bool:
