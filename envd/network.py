@@ -70,13 +70,12 @@ def urls(host: str, port: int, scheme: str = "http") -> list[str]:
 
 
 def interface_addresses(families: tuple[int, ...] = (socket.AF_INET,)) -> list[str]:
-    """This host's, of interfaces that are up: the loopback's first, then those that others may reach. Without those
-    that are good on one link alone, and those of bridges to containers."""
-    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    """This host's: the loopback's first, then those that others may reach. Without those that are good on one link
+    alone, and those of bridges to containers."""
     found = [
         ipaddress.ip_address(entry.address.partition("%")[0])
         for name, entries in psutil.net_if_addrs().items()
-        if name in up and not re.match(r"docker|br-|veth|virbr", name)
+        if not re.match(r"docker|br-|veth|virbr", name)
         for entry in entries
         if entry.family in families
     ]

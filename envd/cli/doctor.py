@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 
+from anyio.to_thread import run_sync
 from dotenv import dotenv_values
 from rich.console import Console
 
@@ -48,18 +49,16 @@ async def _look(url: str | None, *, full: bool) -> list[Finding]:
         return await examine_host()
     from ..doctor.remote import examine as examine_server
 
-    return await examine_server(url or _default_url(), _token(), full=full)
+    server, token = await run_sync(_server, url)
+    return await examine_server(server, token, full=full)
 
 
-def _default_url() -> str:
+def _server(url: str | None) -> tuple[str, str]:
+    """URL and token, as clients have them, and as the daemon's own .env does. Blocks."""
     from ..settings import load
 
-    return load().url
-
-
-def _token() -> str:
-    """As clients have it, and as the daemon's own .env does."""
-    return (os.environ.get("ENVD_TOKEN") or dotenv_values(".env").get("ENVD_TOKEN") or "").strip()
+    token = (os.environ.get("ENVD_TOKEN") or dotenv_values(".env").get("ENVD_TOKEN") or "").strip()
+    return url or load().url, token
 
 
 def _first(findings: Sequence[Finding]) -> Finding | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import secrets
 import shutil
 import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,8 +48,8 @@ async def local(here: Here) -> list[Finding]:
         await run_sync(lambda: sandbox.require_programs(sandboxed=sandboxed))
         found.append(Finding(what, "ok", await run_sync(sandbox.made_of)))
         what = "sandbox"
-        with tempfile.TemporaryDirectory(prefix="envd-doctor-") as folder:
-            settings = here.settings.model_copy(update={"state_dir": Path(folder)})
+        async with _folder() as folder:
+            settings = here.settings.model_copy(update={"state_dir": folder})
             async with LocalDriver(settings, secrets.token_hex(3)):
                 pass
     except EnvdError as error:
@@ -162,10 +164,9 @@ async def _docker_kvm(engine: object, settings: Settings) -> Kvm | None:
     stranger = secrets.token_hex(3)
     try:
         image = await find(engine, settings.docker_image)
-        async with Containers(engine, stranger) as containers:
-            with tempfile.TemporaryDirectory(prefix="envd-doctor-") as folder:
-                trial = settings.model_copy(update={"state_dir": Path(folder)})
-                return await Trials(engine, containers, image, stranger).kvm(trial)
+        async with Containers(engine, stranger) as containers, _folder() as folder:
+            trial = settings.model_copy(update={"state_dir": folder})
+            return await Trials(engine, containers, image, stranger).kvm(trial)
     except EnvdError:
         return None
 
@@ -182,11 +183,11 @@ async def qemu(here: Here) -> list[Finding]:
         program = await find_qemu()
         found.insert(0, Finding(what, "ok", program.name))
         what = "sandbox"
-        with tempfile.TemporaryDirectory(prefix="envd-doctor-") as folder:
-            async with ProcessCell.open(Path(folder), program.version):
+        async with _folder() as folder:
+            async with ProcessCell.open(folder, program.version):
                 found.insert(1, Finding(what, "ok", "bubblewrap made one, and QEMU ran in it"))
             kept = await _known(here.settings)
-            seen = kept if kept is not None else await prove(Path(folder), program.name)
+            seen = kept if kept is not None else await prove(folder, program.name)
     except EnvdError as error:
         found.insert(0, Finding(what, "failed", error.detail.rstrip("."), error.hint))
         seen = await _known(here.settings)
@@ -332,6 +333,17 @@ async def evaluators(here: Here) -> list[Finding]:
         detail = f"{python}; they run without a sandbox, and can then read this user's files"
         return [Finding(what, "warning", detail, "sudo apt-get install -y bubblewrap")]
     return [Finding(what, "ok", str(python))]
+
+
+@asynccontextmanager
+async def _folder() -> AsyncIterator[Path]:
+    """In the place of a state directory: a daemon may run in the real one."""
+    made = Path(await run_sync(lambda: tempfile.mkdtemp(prefix="envd-doctor-")))
+    try:
+        yield made
+    finally:
+        with anyio.CancelScope(shield=True):
+            await run_sync(lambda: shutil.rmtree(made, ignore_errors=True))
 
 
 def with_provider(settings: Settings, provider: str) -> Settings:

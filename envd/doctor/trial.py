@@ -26,7 +26,7 @@ async def desktop(url: str, token: str) -> list[Finding]:
     found: list[Finding] = []
     async with Client(url, token=token, patience=5.0) as client:
         try:
-            async with client.lease(1, ttl_s=60.0, wait_s=0.0, owner="envd doctor") as (env,):
+            async with client.lease(1, ttl_s=60.0, wait_s=0.0, owner="envd-doctor") as (env,):
                 await _use(env, found)
         except LeaseUnavailable:
             found.append(

@@ -57,10 +57,10 @@ async def opened(token: str = "", *, verify: bool = True) -> AsyncIterator[aioht
         yield session
 
 
-async def ask(session: aiohttp.ClientSession, url: str, within: float = PATIENCE) -> Reply:
-    """GET it. Raises aiohttp.ClientError, TimeoutError, OSError."""
+async def ask(session: aiohttp.ClientSession, url: str, within: float | None = None) -> Reply:
+    """GET it, within so many seconds (`PATIENCE`). Raises aiohttp.ClientError, TimeoutError, OSError."""
     sent, began = time.time(), time.monotonic()
-    timeout = aiohttp.ClientTimeout(total=within)
+    timeout = aiohttp.ClientTimeout(total=PATIENCE if within is None else within)
     async with session.get(url, timeout=timeout, allow_redirects=False) as answer:
         received, body = time.time(), b""
         async for piece in answer.content.iter_any():
