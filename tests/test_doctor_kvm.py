@@ -25,7 +25,7 @@ HERE = Host("kvm_intel", virtual=False, container="")
 def on_ec2(kind: str) -> HostFacts:
     facts: dict[str, str] = {**HOST, "instance_type": kind}
     groups = tuple(facts.pop("security_groups").split())
-    return HostFacts(**facts, security_groups=groups)  # type: ignore[arg-type]  # the groups are not among them
+    return HostFacts(**facts, security_groups=groups)
 
 
 @pytest.mark.parametrize(

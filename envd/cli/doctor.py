@@ -11,6 +11,8 @@ from anyio.to_thread import run_sync
 from dotenv import dotenv_values
 from rich.console import Console
 
+from ..doctor.host import examine as examine_host
+from ..doctor.remote import examine as examine_server
 from ..findings import Finding
 from .findings import count, print_findings
 from .listing import console, print_json
@@ -44,11 +46,7 @@ async def doctor(
 
 async def _look(url: str | None, *, full: bool) -> list[Finding]:
     if url is None and not full:
-        from ..doctor.host import examine as examine_host
-
         return await examine_host()
-    from ..doctor.remote import examine as examine_server
-
     server, token = await run_sync(_server, url)
     return await examine_server(server, token, full=full)
 

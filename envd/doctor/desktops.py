@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 
 import anyio
@@ -35,11 +36,19 @@ class Here:
     container: str
 
 
+async def imported(*names: str) -> None:
+    """Have modules imported beside the loop, which their files would hold up: what a provider takes is imported when it
+    is looked at."""
+    for name in names:
+        await run_sync(import_module, name, __package__)
+
+
 # -- local ----------------------------------------------------------------------------------------------------------
 
 
 async def local(here: Here) -> list[Finding]:
     """Programs and sandbox, by opening the driver as a start does, in a folder of its own."""
+    await imported("..drivers.local")
     from ..drivers.local import LocalDriver, sandbox
 
     sandboxed = not here.settings.local_unsandboxed
@@ -65,6 +74,7 @@ async def local(here: Here) -> list[Finding]:
 
 async def docker(here: Here) -> list[Finding]:
     """Engine, its disk, image, the virtual machine's disk, KVM, templates, capacity, leftovers."""
+    await imported("..drivers.docker.driver", "..cli.images")
     from ..drivers.docker.engine import Engine
 
     try:
@@ -173,6 +183,7 @@ async def _docker_kvm(engine: object, settings: Settings) -> Kvm | None:
 
 async def qemu(here: Here) -> list[Finding]:
     """QEMU, the sandbox, the machine's disk, KVM, templates, capacity."""
+    await imported("..drivers.qemu.driver", "..cli.images")
     from ..drivers.qemu.cell import ProcessCell
     from ..drivers.qemu.host import find_qemu
 
@@ -283,6 +294,7 @@ async def _containers(engine: object, here: Here) -> Finding:
 
 async def aws(here: Here) -> list[Finding]:
     """What `envd aws check` finds."""
+    await imported("..drivers.aws.check")
     from ..drivers.aws.check import check
 
     return await check(here.settings)
@@ -316,6 +328,7 @@ async def capacity(here: Here) -> list[Finding]:
 
 async def evaluators(here: Here) -> list[Finding]:
     """The interpreter that judges, its packages and its sandbox."""
+    await imported("..tasks.evaluating")
     from ..tasks import grading_sandbox
     from ..tasks.evaluating import LOOK
     from ..tasks.grading import find_interpreter

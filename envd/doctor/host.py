@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
+from importlib import import_module
 
 from anyio.to_thread import run_sync
 
@@ -46,6 +47,7 @@ def _load(environ: Mapping[str, str]) -> tuple[Settings, list[Finding]]:
 async def _looks(
     settings: Settings, environ: Mapping[str, str], container: str, *, told_settings: bool
 ) -> list[Finding]:
+    await run_sync(import_module, ".desktops", __package__)  # Linux's alone
     from . import desktops, kvm, serving
 
     holder = await run_sync(serving.holder, settings)

@@ -16,6 +16,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from functools import partial
+from importlib import import_module
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import proxy_bypass_environment  # type: ignore[attr-defined]  # documented, not in typeshed
@@ -113,7 +114,8 @@ async def examine(
                 [("bandwidth", partial(bandwidth, session, server))], told=broke, at_once=1, within=30.0
             )
     if full and admitted.verdict != "failed":
-        from .trial import desktop  # only here: pictures are looked at, which takes Pillow
+        await run_sync(import_module, ".trial", __package__)  # only here: it looks at pictures, which takes Pillow
+        from .trial import desktop
 
         found += await desktop(server.url, token)
     elif full:

@@ -34,7 +34,9 @@ async def desktop(url: str, token: str) -> list[Finding]:
             )
         except EnvdError as error:
             what = ("reset", "picture", "step")[min(len(found), 2)]
-            found.append(Finding(what, "failed", f"{error.code}: {error.detail}", error.hint or f"see {url}/errors"))
+            found.append(
+                Finding(what, "failed", f"{error.code}: {error.detail}", error.hint or f"see {url}/errors#{error.code}")
+            )
     return found
 
 
