@@ -37,7 +37,7 @@ from envd.drivers.docker import engine
 from envd.errors import InfraError
 from envd.findings import Finding, gather
 from envd.network import Holder
-from envd.settings import Settings, load
+from envd.settings import Settings, effective, load
 from envd.tasks import grading
 from envd.vm.capacity import Memory
 from envd.vm.templates import FORMAT, Listed, Manifest, Trial
@@ -107,7 +107,7 @@ async def test_beside_a_daemon_that_runs_all_is_green_though_nothing_is_chosen_h
     assert found["KVM"].detail.startswith("not needed by PROVIDER=sim")
     assert found["Docker"].detail == "not needed by PROVIDER=sim"
     assert found["ready"].detail == "a reset can be served now"
-    assert "the daemon that runs has ENVD_PORT=0, ENVD_ENVS=2" in found["settings"].detail
+    assert "ENVD_ENVS=2 (the daemon that runs)" in found["settings"].detail
     assert lines.stdout.startswith("ok       platform")
     assert lines.stdout.rstrip().endswith("Nothing is in the way of desktops.")
 
@@ -344,13 +344,41 @@ def test_a_daemon_of_another_version_is_to_be_restarted(tmp_path: Path) -> None:
 
 def test_a_provider_that_was_chosen_here_is_not_taken_from_the_daemon(tmp_path: Path) -> None:
     other = Daemon("http://127.0.0.1:15001", __version__, "local", None, None, None)
-    provider, found = serving.provider_of(settings(tmp_path), other)
-    assert (provider, found.verdict) == ("sim", "warning")
-    provider, found = serving.provider_of(load({}, None), other)
-    assert (provider, found.verdict) == ("local", "ok")
-    provider, found = serving.provider_of(load({}, None), None)
-    assert provider == "docker"
-    assert "make serve takes local" in found.detail
+    mine, taken = serving.as_the_daemon(settings(tmp_path), other)
+    assert (mine.provider, taken, serving.provider_of(mine, other).verdict) == ("sim", (), "warning")
+    theirs, taken = serving.as_the_daemon(load({}, None), other)
+    assert (theirs.provider, taken, serving.provider_of(theirs, other).verdict) == ("local", ("provider",), "ok")
+    alone, taken = serving.as_the_daemon(load({}, None), None)
+    assert (alone.provider, taken) == ("docker", ())
+    assert "make serve takes local" in serving.provider_of(alone, None).detail
+
+
+def test_what_is_not_set_here_is_looked_at_as_the_daemon_has_it(tmp_path: Path) -> None:
+    theirs = load(
+        {}, None, provider="qemu", host="0.0.0.0", token="t" * 20, state_dir=tmp_path, screen="800x600", envs=4,
+        hosts="a,b", log_level="debug",
+    )  # fmt: skip
+    told = json.loads(json.dumps(effective(theirs)))
+    daemon = Daemon("http://127.0.0.1:15001", __version__, "qemu", None, told, None)
+    mine, taken = serving.as_the_daemon(load({}, None, envs=2), daemon)
+    assert set(taken) == {"provider", "state_dir", "screen", "hosts"}
+    assert (mine.provider, mine.state_dir, mine.screen, mine.hosts) == ("qemu", tmp_path, (800, 600), ("a", "b"))
+    assert (mine.envs, mine.host, mine.token.get_secret_value()) == (2, "127.0.0.1", "")
+    assert "(the daemon that runs)" in serving.settings_of(mine, daemon).detail
+    assert "t" * 20 not in serving.settings_of(mine, daemon).detail
+    used, _ = serving.state_of(mine, daemon)
+    assert used.detail == f"{tmp_path}, of the daemon that runs"
+    admitted = serving.access_of_daemon(mine, {}, daemon)
+    assert admitted.verdict == "ok"
+    assert "http://127.0.0.1:15001" in admitted.detail
+    assert "; ENVD_TOKEN; without TLS" in admitted.detail
+
+
+def test_settings_of_another_version_that_cannot_be_used_are_left(tmp_path: Path) -> None:
+    odd = {"ENVD_ENVS": {"value": "many", "origin": "environment"}, "ENVD_NEW": {"value": 1, "origin": "environment"}}
+    daemon = Daemon("http://127.0.0.1:15001", "9.9.9", "sim", None, odd, None)
+    mine = settings(tmp_path)
+    assert serving.as_the_daemon(mine, daemon) == (mine, ())
 
 
 @pytest.mark.parametrize(

@@ -359,10 +359,6 @@ async def _folder() -> AsyncIterator[Path]:
             await run_sync(lambda: shutil.rmtree(made, ignore_errors=True))
 
 
-def with_provider(settings: Settings, provider: str) -> Settings:
-    return settings if settings.provider == provider else settings.model_copy(update={"provider": provider})
-
-
 def _free(directory: Path) -> int:
     there = next(path for path in (directory, *directory.absolute().parents) if path.exists())
     return shutil.disk_usage(there).free

@@ -52,8 +52,8 @@ async def _looks(
 
     holder = await run_sync(serving.holder, settings)
     daemon = await serving.find_daemon(settings, holder)
-    provider, chosen = serving.provider_of(settings, daemon)
-    settings = desktops.with_provider(settings, provider)
+    settings, _ = serving.as_the_daemon(settings, daemon)
+    provider = settings.provider
     here = desktops.Here(settings, daemon, container)
     looks: list[tuple[str, Look]] = [("packages", _thread(machine.packages_of, settings))]
     by_provider: dict[str, Callable[[desktops.Here], Awaitable[list[Finding]]]] = {
@@ -74,13 +74,17 @@ async def _looks(
         ("evaluators", partial(desktops.evaluators, here)),
         ("state directory", _threads(serving.state_of, settings, daemon)),
         ("port", _thread(serving.port_of, settings, daemon, holder)),
-        ("access", _thread(serving.access_of_daemon, settings, environ)),
+        ("access", _thread(serving.access_of_daemon, settings, environ, daemon)),
         ("clock", _thread(lambda: machine.clock_of(settings, machine.clock_status()))),
     ]
     if daemon is not None:
         looks.append(("ready", partial(serving.daemon_state, daemon, settings)))
     mine = [serving.settings_of(settings, daemon)] if told_settings else []
-    return [*mine, chosen, *await gather(looks, told=broke, at_once=AT_ONCE, within=WITHIN)]
+    return [
+        *mine,
+        serving.provider_of(settings, daemon),
+        *await gather(looks, told=broke, at_once=AT_ONCE, within=WITHIN),
+    ]
 
 
 def _thread(look: Callable[..., Finding], *arguments: object) -> Look:

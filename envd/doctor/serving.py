@@ -9,31 +9,35 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+from pydantic import ValidationError
 
 from .. import __version__
 from ..access import access_of, is_loopback
 from ..errors import SettingsError
 from ..findings import Finding
 from ..network import Holder, command_of, holder_of, urls
-from ..settings import Settings, effective
+from ..settings import VARIABLES, Settings, effective
 from ..vm.disks import GIB, in_words
 from .remote import readiness, server_at
 from .wire import ask, opened
 
+THE_DAEMON = "the daemon that runs"
+"""Origin of a setting that was taken from it."""
 PATIENCE = 2.0
 """Seconds in which a daemon of this host answers, unless it is stuck."""
 FLOOR = 64 * 1024**2
 """Bytes below which no new work is taken (`journal.py`)."""
 LITTLE = 2 * GIB
 """Bytes from which on evidence and caches fit for a while."""
-_THEIRS = frozenset({"PROVIDER", "ENVD_URL", "ENVD_LOG_LEVEL", "ENVD_LOG_FORMAT"})
-"""Settings that may well differ between a daemon and who looks at it."""
+_OURS = frozenset({"host", "port", "token", "client_password", "url", "log_level", "log_format"})
+"""Settings that are not taken from a daemon that runs: where it was found, secrets, which it does not tell, and what is
+a client's own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,23 +96,37 @@ async def find_daemon(settings: Settings, holder: Holder | None) -> Daemon | Non
     return None
 
 
+def as_the_daemon(settings: Settings, daemon: Daemon | None) -> tuple[Settings, tuple[str, ...]]:
+    """What nothing is said of here is looked at as the daemon that runs has it: a service has a file of settings of its
+    own. Returns the names of what was taken, too."""
+    if daemon is None:
+        return settings, ()
+    told = {VARIABLES[name]: entry.get("value") for name, entry in (daemon.settings or {}).items() if name in VARIABLES}
+    told.setdefault("provider", daemon.provider or settings.provider)
+    mine = settings.model_dump()
+    plain = settings.model_dump(mode="json")
+    taken = {
+        field: value
+        for field, value in told.items()
+        if field not in _OURS and settings.origins.get(field) == "default" and value != plain[field]
+    }
+    origins = {**settings.origins, **dict.fromkeys(taken, THE_DAEMON)}
+    try:
+        return Settings.model_validate({**mine, **taken, "origins": origins}), tuple(taken)
+    except ValidationError:  # of a version that has other settings
+        return settings, ()
+
+
 def settings_of(settings: Settings, daemon: Daemon | None) -> Finding:
-    """Those that are set, with where; and where the daemon that runs has others."""
-    mine = effective(settings)
+    """Those that are set, with where. `settings` are those that `as_the_daemon` gives."""
     chosen = [
         f"{name}={_shown(entry['value'])} ({entry['origin']})"
-        for name, entry in mine.items()
+        for name, entry in effective(settings).items()
         if entry["origin"] != "default"
     ]
-    detail = f"{', '.join(chosen) or 'all as by default'}"
-    if daemon is not None and daemon.settings is not None:
-        others = [
-            f"{name}={_shown(entry.get('value'))}"
-            for name, entry in daemon.settings.items()
-            if name in mine and name not in _THEIRS and entry.get("value") != mine[name]["value"]
-        ]
-        if others:
-            detail += f"; the daemon that runs has {', '.join(others)}"
+    detail = ", ".join(chosen) or "all as by default"
+    if daemon is not None and daemon.settings is None:
+        detail += "; those of the daemon that runs are told to who has a token: ENVD_TOKEN=… envd doctor"
     return Finding("settings", "ok", detail)
 
 
@@ -116,25 +134,20 @@ def _shown(value: Any) -> str:
     return ",".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def provider_of(settings: Settings, daemon: Daemon | None) -> tuple[str, Finding]:
-    """Which provider is looked at: the one that was chosen, else that of the daemon that runs."""
-    mine, what = settings.provider, "provider"
-    chosen = settings.origins.get("provider", "argument") != "default"
-    origin = settings.origins.get("provider", "argument")
-    if daemon is None or not daemon.provider or daemon.provider == mine:
-        running = " the daemon that runs has it, too" if daemon is not None and daemon.provider else ""
-        by = f"{mine}, {f'by {origin}' if chosen else 'by default'};{running}" if running else f"{mine}, by {origin}"
-        hint = "" if chosen or daemon is not None else "; make serve takes local where nothing is chosen"
-        return mine, Finding(what, "ok", f"{by}{hint}")
-    if not chosen:
-        detail = f"{daemon.provider}, as the daemon that runs has it; here nothing is chosen, which is {mine}"
-        return daemon.provider, Finding(what, "ok", detail)
-    return mine, Finding(
-        what,
-        "warning",
-        f"{mine}, by {origin}; the daemon that runs has {daemon.provider}",
-        f"restart it to have it take {mine}, or PROVIDER={daemon.provider} envd doctor",
-    )
+def provider_of(settings: Settings, daemon: Daemon | None) -> Finding:
+    """Which provider is looked at. `settings` are those that `as_the_daemon` gives."""
+    what, mine, origin = "provider", settings.provider, settings.origins.get("provider", "argument")
+    if origin == THE_DAEMON:
+        return Finding(what, "ok", f"{mine}, as the daemon that runs has it; here nothing is chosen")
+    if daemon is not None and daemon.provider and daemon.provider != mine:
+        return Finding(
+            what,
+            "warning",
+            f"{mine}, by {origin}; the daemon that runs has {daemon.provider}",
+            f"restart it to have it take {mine}, or PROVIDER={daemon.provider} envd doctor",
+        )
+    hint = "; make serve takes local where nothing is chosen" if origin == "default" and daemon is None else ""
+    return Finding(what, "ok", f"{mine}, by {origin}{hint}")
 
 
 def port_of(settings: Settings, daemon: Daemon | None, holder: Holder | None) -> Finding:
@@ -186,36 +199,61 @@ def _bindable(host: str, port: int) -> OSError | None:
     return None
 
 
-def access_of_daemon(settings: Settings, environ: Mapping[str, str]) -> Finding:
-    """Who reaches the daemon, and who of them may use it. Blocks."""
+def access_of_daemon(settings: Settings, environ: Mapping[str, str], daemon: Daemon | None = None) -> Finding:
+    """Who reaches the daemon, and who of them may use it: the one that runs, if it tells. Blocks."""
     what = "access"
+    if daemon is not None and daemon.settings is not None:
+        return _told_access(daemon.settings)
     try:
         access = access_of(settings, environ)
     except SettingsError as error:
         return Finding(what, "failed", error.detail.rstrip("."), error.hint)
     tokens = f"{len(access.tokens)} token{'s' * (len(access.tokens) != 1)}" if access.tokens else ""
-    networks = f"no token wanted from {', '.join(map(str, access.allowed))}" if access.allowed else ""
+    tls, allowed = settings.tls_cert is not None, [str(network) for network in access.allowed]
+    return _access(settings.host, settings.port, tokens, allowed, insecure=settings.insecure, tls=tls)
+
+
+def _told_access(told: Mapping[str, Any]) -> Finding:
+    """By what a daemon tells of its settings."""
+
+    def value(name: str) -> Any:
+        return (told.get(name) or {}).get("value")
+
+    tokens = ["ENVD_TOKEN"] if value("ENVD_TOKEN") else []
+    tokens += ["the tokens of ENVD_TOKEN_FILE"] if value("ENVD_TOKEN_FILE") else []
+    host, port, allowed = str(value("ENVD_HOST") or ""), int(value("ENVD_PORT") or 0), value("ENVD_ALLOW") or []
+    insecure, tls = bool(value("ENVD_INSECURE")), bool(value("ENVD_TLS_CERT"))
+    return _access(host, port, " and ".join(tokens), allowed, insecure=insecure, tls=tls)
+
+
+def _access(host: str, port: int, tokens: str, allowed: Sequence[str], *, insecure: bool, tls: bool) -> Finding:
+    what = "access"
+    networks = f"no token wanted from {', '.join(allowed)}" if allowed else ""
     who = ", ".join(filter(None, (tokens, networks))) or "no token"
-    if is_loopback(settings.host):
-        missing = "ENVD_HOST=0.0.0.0" + ("" if access.tokens or access.allowed else " and ENVD_TOKEN")
-        return Finding(what, "ok", f"ENVD_HOST={settings.host}: this host alone, {who}. For others: {missing}")
-    scheme = "https" if settings.tls_cert else "http"
-    reached = ", ".join(urls(settings.host, settings.port, scheme))
-    if settings.insecure:
+    if is_loopback(host):
+        missing = "ENVD_HOST=0.0.0.0" + ("" if tokens or allowed else " and ENVD_TOKEN")
+        return Finding(what, "ok", f"ENVD_HOST={host}: this host alone, {who}. For others: {missing}")
+    reached = ", ".join(urls(host, port, "https" if tls else "http"))
+    if insecure:
         return Finding(
             what,
             "warning",
             f"ENVD_INSECURE: whoever reaches {reached} may run programs on its desktops",
             "ENVD_TOKEN=$(openssl rand -hex 32) instead of ENVD_INSECURE=1",
         )
-    return Finding(
-        what, "ok", f"{reached}; {who}{'' if settings.tls_cert else '; without TLS, so for a network of yours'}"
-    )
+    return Finding(what, "ok", f"{reached}; {who}{'' if tls else '; without TLS, so for a network of yours'}")
 
 
 def state_of(settings: Settings, daemon: Daemon | None) -> list[Finding]:
     """The state directory, and the disk it is on. Blocks."""
     what, directory = "state directory", settings.state_dir
+    if settings.origins.get("state_dir") == THE_DAEMON:
+        # Of another user, perhaps, who alone may look into it.
+        told = Finding(what, "ok", f"{directory}, of the daemon that runs")
+        try:
+            return [told, disk_of(directory, shutil.disk_usage(directory))]
+        except OSError as error:
+            return [told, Finding("disk", "unknown", f"{directory} is not shown to this user: {error.strerror}")]
     there = next((path for path in (directory, *directory.absolute().parents) if path.exists()), Path("/"))
     try:
         if not there.is_dir():
