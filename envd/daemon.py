@@ -19,6 +19,7 @@ import secrets
 import signal
 import socket
 import stat
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -231,12 +232,21 @@ def for_others(access: Access) -> str:
 
 def welcome(reached_at: Sequence[str], missing: str) -> str:
     """What a person reads at the start. `missing` is what `for_others` says, where others cannot come."""
-    lines = ["envd is ready to be used:", *(f"    {url}/" for url in reached_at)]
+    lines = ["envd is ready to be used:"]
+    lines += [f"    {url}/{'' if reached_by_others(url) else '   from this host'}" for url in reached_at]
     lines.append("The dashboard is there in a browser, and trainers take the same URL.")
     if missing:
         lines.append(f"Only this host reaches it. For others start it with {missing}")
-    lines.append("When something is wrong: envd doctor")
+    lines.append(f"When something is wrong: {command_here()} doctor")
     return "\n".join(lines)
+
+
+def command_here() -> str:
+    """How a person in this folder calls the command that belongs to this interpreter."""
+    if os.environ.get("VIRTUAL_ENV") == sys.prefix or sys.prefix == sys.base_prefix:
+        return "envd"
+    within = sys.prefix.removeprefix(f"{os.getcwd()}/")
+    return f"{within}/bin/envd"
 
 
 @contextmanager

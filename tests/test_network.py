@@ -158,7 +158,7 @@ def test_who_has_a_token_is_not_told_to_make_one() -> None:
 
 def test_what_a_person_reads_has_every_url_and_what_is_missing() -> None:
     told = welcome(["https://127.0.0.1:1", "https://10.0.0.7:1"], "")
-    assert "    https://127.0.0.1:1/\n    https://10.0.0.7:1/" in told
+    assert "    https://127.0.0.1:1/   from this host\n    https://10.0.0.7:1/\n" in told
     assert "Only this host" not in told
     assert "start it with ENVD_HOST=0.0.0.0" in welcome(["http://127.0.0.1:1"], "ENVD_HOST=0.0.0.0")
 
@@ -172,7 +172,7 @@ def test_on_a_terminal_the_urls_are_told_to_be_read(tmp_path: Path) -> None:
         os.close(theirs)
         said = b""
         try:
-            while b"When something is wrong: envd doctor" not in said:
+            while b"envd doctor" not in said:
                 said += os.read(ours, 65536)  # raises OSError when the process has ended without
         finally:
             process.terminate()

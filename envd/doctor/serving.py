@@ -253,7 +253,7 @@ def state_of(settings: Settings, daemon: Daemon | None) -> list[Finding]:
         try:
             return [told, disk_of(directory, shutil.disk_usage(directory))]
         except OSError as error:
-            return [told, Finding("disk", "unknown", f"{directory} is not shown to this user: {error.strerror}")]
+            return [told, Finding("disk", "unknown", f"{directory} cannot be looked at: {error.strerror}")]
     there = next((path for path in (directory, *directory.absolute().parents) if path.exists()), Path("/"))
     try:
         if not there.is_dir():
