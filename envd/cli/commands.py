@@ -272,6 +272,34 @@ def verify_templates(
 
 
 @app.command()
+def doctor(
+    url: Annotated[
+        str | None, typer.Option("--url", help="Look from here at the server there, as a trainer's node would.")
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="And have a desktop, of an env that is free: reset, picture, step.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what is in the way of desktops, and the command that puts it right.
+
+    Without --url this host is looked at, whether or not a daemon runs. With --full alone the server is ENVD_URL.
+
+    \b
+    Examples:
+      envd doctor
+      envd doctor --url http://HOST:15001
+      envd doctor --url http://HOST:15001 --full
+      envd doctor --json | jq '.findings[] | select(.verdict == "failed")'
+
+    Exit codes: 0 nothing failed, 1 something did.
+    """
+    from .doctor import doctor as look
+
+    raise SystemExit(talk(look(url, full=full, as_json=as_json)))
+
+
+@app.command()
 def version() -> None:
     """Print the version."""
     typer.echo(__version__)
