@@ -11,7 +11,7 @@ import typer
 from .common import Json, fail, talk, told
 
 app = typer.Typer(
-    help="Desktops on EC2: whether they can be launched, which there are, and the end of forgotten ones.",
+    help="Desktops on EC2: check, list, end what was forgotten.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )

@@ -53,7 +53,7 @@ def init(
     force: Annotated[bool, typer.Option("--force", help="With --yes: change a file that is there.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a .env that a daemon starts with, from three questions.
+    """Write a .env that a daemon starts with: three questions.
 
     Who makes the desktops (what works on this host is proposed), who may reach them (this host, a network, or whoever
     has a token, which is made), and how many there are. A file that is there is changed only after you agreed; its
@@ -88,11 +88,11 @@ def demo(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Play a short scripted episode and show what happens: reset, observation, steps, verdict, evidence.
+    """Play a short episode, and show each thing that happens.
 
-    It is played on the server that runs, when that has an env which nobody uses (it is leased, and given back); else on
-    a daemon of its own, with real desktops of this host where they can be made, which is gone afterwards. Every frame
-    is kept.
+    Reset, observation, steps, verdict, evidence. It is played on the server that runs, when that has an env which
+    nobody uses (it is leased, and given back); else on a daemon of its own, with real desktops of this host where they
+    can be made, which is gone afterwards. Every frame is kept.
 
     \b
     Examples:
@@ -186,7 +186,9 @@ def ls(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Show the envs of a server: state, task, step, desktop, who has it leased, which job runs and which waits.
+    """Show the envs of a server, its jobs or its leases.
+
+    Of an env: state, task, step, desktop, who has it leased, which job runs and which waits.
 
     \b
     Examples:
@@ -213,7 +215,7 @@ def screenshot(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Save the screen of an env's desktop as it is now.
+    """Save an env's screen as it is now.
 
     Looking needs no lease, and changes nothing.
 
@@ -232,7 +234,7 @@ def screenshot(
 
 @app.command()
 def version(url: Url = None, as_json: Json = False) -> None:
-    """Print the version, with --url the server's beside it.
+    """Print the version, with --url the server's too.
 
     \b
     Examples:
@@ -260,7 +262,7 @@ def version(url: Url = None, as_json: Json = False) -> None:
 
 @app.command()
 def prewarm(url: Url = None, as_json: Json = False) -> None:
-    """Boot a clean desktop now and wait until it stands by.
+    """Boot a clean desktop, and wait until it stands by.
 
     The next reset finds it and needs no boot of its own. It is shown as `envd watch` does; Ctrl-C ends the watching,
     and the boot goes on.
@@ -298,10 +300,10 @@ def reset(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Give an env a clean desktop with a task set up on it, and follow that to its end.
+    """Give an env a clean desktop with a task on it.
 
-    It is shown as `envd watch` does. Ctrl-C ends the watching: the job goes on, and `envd cancel` ends it. The same
-    reset sent again joins the job that runs.
+    It is followed to its end, and shown as `envd watch` does. Ctrl-C ends the watching: the job goes on, and `envd
+    cancel` ends it. The same reset sent again joins the job that runs.
 
     \b
     Examples:
@@ -346,10 +348,10 @@ def step(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Act on an env's desktop, once, and say what became of each action.
+    """Act on an env's desktop, once.
 
-    Without an action or a prediction, or with -, a program is read from stdin. What was sent is never sent twice: of an
-    action whose answer was lost the outcome is `unknown`.
+    What became of each action is told. Without an action or a prediction, or with -, a program is read from stdin. What
+    was sent is never sent twice: of an action whose answer was lost the outcome is `unknown`.
 
     \b
     Examples:
@@ -385,7 +387,7 @@ def step(
 
 @app.command()
 def evaluate(env: EnvNumber, lease: Lease = None, url: Url = None, as_json: Json = False) -> None:
-    """Judge an env's episode and print the verdict: a score, or that there is none and why.
+    """Judge an env's episode: a score, or none and why.
 
     The task's own evaluator judges, once: asked again, the same verdict is printed. The episode ends with it. What
     failed is never a number.
@@ -418,9 +420,10 @@ def bundle(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Save the evidence that an episode left: task, set-up, actions, frames, what was judged, the verdict.
+    """Save the evidence that an episode left.
 
-    `envd ls --episodes` lists the episodes that have some.
+    Task, set-up, actions, frames, what was judged, the verdict, in one tar file. `envd ls --episodes` lists the
+    episodes that have some.
 
     \b
     Examples:
@@ -440,7 +443,7 @@ def rescore(
     bundle: Annotated[Path, typer.Argument(help="An episode's evidence: its folder, or the archive of it.")],
     as_json: Json = False,
 ) -> None:
-    """Run the grader again on what it saw, and compare the scores.
+    """Judge an episode again by its evidence, and compare.
 
     Needs no server: what each getter gave is in the evidence.
 
@@ -470,7 +473,7 @@ def cancel(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """End a job, and wait until its desktop is confirmed gone.
+    """End a job, and wait until its desktop is gone.
 
     A boot that another job can use goes on for that one.
 
@@ -497,10 +500,11 @@ def drain(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """End the daemon once its episodes have been judged. It takes no new work from then on.
+    """End the daemon once its episodes have been judged.
 
-    Sent again it has another limit. It needs a token of scope admin where there are tokens. Under systemd a unit that
-    was drained stays down until it is started. Ctrl-C ends the waiting; the daemon ends all the same.
+    It takes no new work from then on. Sent again it has another limit. It needs a token of scope admin where there are
+    tokens. Under systemd a unit that was drained stays down until it is started. Ctrl-C ends the waiting; the daemon
+    ends all the same.
 
     \b
     Examples:
@@ -523,10 +527,11 @@ def gc(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Remove what a daemon that is dead left on this host: containers, virtual machines and disks, sandboxes.
+    """Remove what a dead daemon left on this host.
 
-    Only what carries the label of the daemon whose state directory this is (ENVD_STATE_DIR), or lies in that directory.
-    While that daemon runs nothing is touched: it sweeps by itself. With PROVIDER=aws, `envd aws gc` follows.
+    Containers, virtual machines and their disks, sandboxes. Only what carries the label of the daemon whose state
+    directory this is (ENVD_STATE_DIR), or lies in that directory. While that daemon runs nothing is touched: it sweeps
+    by itself. With PROVIDER=aws, `envd aws gc` follows.
 
     \b
     Examples:
@@ -568,10 +573,11 @@ def bench(
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a server that runs: resets by path, the wait for a turn, steps, screenshots; p50, p95, p99.
+    """Measure a server that runs.
 
-    It plays only on envs that nobody uses: it leases them, and gives them back. Each client does one thing at a time.
-    A reset is timed from the request to the first observation, a step from the request to its screenshot.
+    Resets by path, the wait for a turn, steps and screenshots: p50, p95, p99. It plays only on envs that nobody uses:
+    it leases them, and gives them back. Each client does one thing at a time. A reset is timed from the request to the
+    first observation, a step from the request to its screenshot.
 
     \b
     Examples:

@@ -7,11 +7,10 @@ daemon of its own, which is gone afterwards.
 from __future__ import annotations
 
 import base64
-import os
 import tempfile
 import time
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..client import Client, EnvHandle
-from ..errors import EnvdError, LeaseUnavailable, ServerUnreachable, StartError
+from ..errors import EnvdError, InfraError, LeaseUnavailable, RequestError, ServerUnreachable, StartError
 from ..models import Job, Verdict
 from ..settings import Settings
 from ..tasks.grading import find_interpreter
@@ -101,13 +100,18 @@ class Stage:
 
 @dataclass(slots=True)
 class Told:
-    """What came of it, for `--json`."""
+    """What is told, to whom, and what came of it."""
 
     folder: Path
+    pause_s: float
+    output: Console
     frames: list[str] = field(default_factory=list)
     steps: list[dict[str, Any]] = field(default_factory=list)
     verdict: Verdict | None = None
     evidence: str = ""
+
+    def begin_again(self) -> None:
+        self.frames, self.steps, self.verdict, self.evidence = [], [], None, ""
 
 
 async def demo(
@@ -127,13 +131,13 @@ async def demo(
     """
     output = Console(quiet=True) if as_json else output or console()
     began = time.monotonic()
-    told = Told(await run_sync(_made, folder))
-    async with _stage(settings, url, own=own or provider is not None, provider=provider, output=output) as stage:
-        _line(output, "watch", f"{stage.url}/ in a browser shows it live, `envd watch --url {stage.url}` the boot")
-        job = await _reset(stage, told, output)
-        await _play(stage, told, pause_s, output)
-        await _judge(stage, told, output)
-        await _keep_evidence(stage, job, told, output)
+    told = Told(await run_sync(_made, folder), pause_s, output)
+    async with AsyncExitStack() as stack:
+        stage = None if own or provider else await _of_server(stack, settings, url, output)
+        if stage is not None:
+            job = await _episode(stage, told)
+    if stage is None:
+        stage, job = await _on_its_own(settings, (provider,) if provider else PROVIDERS, told)
     seconds = time.monotonic() - began
     _line(output, "frames", f"{told.folder}")
     end = "the daemon and its desktop are gone" if stage.own else "the lease is given back, and its desktop is gone"
@@ -157,14 +161,14 @@ async def demo(
     return NO_SCORE if told.verdict is None or told.verdict.mask else 0
 
 
-@asynccontextmanager
-async def _stage(
-    settings: Settings, url: str | None, *, own: bool, provider: str | None, output: Console
-) -> AsyncIterator[Stage]:
-    async with AsyncExitStack() as stack:
-        if own or (stage := await _of_server(stack, settings, url, output)) is None:
-            stage = await _of_its_own(stack, settings, provider, output)
-        yield stage
+async def _episode(stage: Stage, told: Told) -> Job:
+    output = told.output
+    _line(output, "watch", f"{stage.url}/ in a browser shows it live, `envd watch --url {stage.url}` the boot")
+    job = await _reset(stage, told)
+    await _play(stage, told)
+    await _judge(stage, told)
+    await _keep_evidence(stage, job, told)
+    return job
 
 
 async def _of_server(stack: AsyncExitStack, settings: Settings, url: str | None, output: Console) -> Stage | None:
@@ -189,30 +193,28 @@ async def _of_server(stack: AsyncExitStack, settings: Settings, url: str | None,
         return Stage(client, env, client.url, provider, own=False)
 
 
-async def _of_its_own(stack: AsyncExitStack, settings: Settings, provider: str | None, output: Console) -> Stage:
+async def _on_its_own(settings: Settings, names: Sequence[str], told: Told) -> tuple[Stage, Job]:
+    """On a daemon with the first kind of desktops that can be had. Raises StartError, InfraError of the last."""
     python = await run_sync(find_interpreter, settings)
-    refused: StartError | None = None
-    for name in (provider,) if provider else PROVIDERS:
+    for name in names:
         environment = {"PROVIDER": name, "ENVD_EVALUATORS": "" if python is None else str(python.absolute())}
         try:
-            daemon = await stack.enter_async_context(own_daemon(environment))
-        except StartError as error:
-            refused = error
-            _line(output, "server", f"{name} desktops cannot be made here: {clean(str(error))}", "yellow")
-            continue
-        _line(
-            output,
-            "server",
-            f"{daemon.url}, {name} desktops; a daemon of its own, with its files in a temporary folder",
-        )
-        return Stage(daemon.client, daemon.client.env(0), daemon.url, name, own=True)
-    assert refused is not None
-    raise refused
+            async with own_daemon(environment) as daemon:
+                words = f"{daemon.url}, {name} desktops; a daemon of its own, with its files in a temporary folder"
+                _line(told.output, "server", words)
+                stage = Stage(daemon.client, daemon.client.env(0), daemon.url, name, own=True)
+                return stage, await _episode(stage, told)
+        except (StartError, InfraError) as error:
+            if name == names[-1]:
+                raise
+            _line(told.output, "server", f"{name} desktops cannot be had here: {clean(str(error))}", "yellow")
+            told.begin_again()
+    raise AssertionError("there is a last one")
 
 
-async def _reset(stage: Stage, told: Told, output: Console) -> Job:
+async def _reset(stage: Stage, told: Told) -> Job:
     """A desktop with the task set up on it, and the first observation."""
-    task = _TASK_SIM if stage.provider == "sim" else _TASK_SHELL
+    output, task = told.output, _TASK_SIM if stage.provider == "sim" else _TASK_SHELL
     _line(output, "task", task["instruction"])
     job = await stage.env.submit(task)
     if not output.quiet:
@@ -220,23 +222,25 @@ async def _reset(stage: Stage, told: Told, output: Console) -> Job:
     job = await stage.env.client.wait(job.id)
     path = {"cold": "booted", "restore": "cloned", "spare": "stood by"}.get(str(job.reset_path), str(job.reset_path))
     _line(output, "desktop", f"{job.desktop_id}, {path}, in {(job.ended_at or 0) - job.created_at:.1f} s", "green")
-    await _keep_frame(await stage.env.screenshot(), "observation", told, output)
+    await _keep_frame(await stage.env.screenshot(), "observation", told)
     return job
 
 
-async def _play(stage: Stage, told: Told, pause_s: float, output: Console) -> None:
+async def _play(stage: Stage, told: Told) -> None:
+    output = told.output
     for words, programs in _STEPS_SIM if stage.provider == "sim" else _STEPS_SHELL:
-        await anyio.sleep(pause_s)
+        await anyio.sleep(told.pause_s)
         result = await stage.env.act(*programs)
         _line(output, f"step {result.step}", words, "bold")
         for action in result.actions:
             output.print(Text("          ") + action_line(action), soft_wrap=True)
         if result.screenshot is not None:
-            await _keep_frame(base64.b64decode(result.screenshot), f"step-{result.step}", told, output)
+            await _keep_frame(base64.b64decode(result.screenshot), f"step-{result.step}", told)
         told.steps.append(result.model_dump(mode="json", exclude={"screenshot"}))
 
 
-async def _judge(stage: Stage, told: Told, output: Console) -> None:
+async def _judge(stage: Stage, told: Told) -> None:
+    output = told.output
     told.verdict = await stage.env.evaluate()
     _line(
         output, "verdict", "the task's own evaluator judged the desktop" if not told.verdict.mask else "there is none"
@@ -245,7 +249,8 @@ async def _judge(stage: Stage, told: Told, output: Console) -> None:
         tell_verdict(told.verdict, output)
 
 
-async def _keep_evidence(stage: Stage, job: Job, told: Told, output: Console) -> None:
+async def _keep_evidence(stage: Stage, job: Job, told: Told) -> None:
+    output = told.output
     if job.episode_id is None:
         return
     try:
@@ -257,18 +262,21 @@ async def _keep_evidence(stage: Stage, job: Job, told: Told, output: Console) ->
         _line(output, "evidence", f"{file}; `envd rescore` judges it again")
 
 
-async def _keep_frame(picture: bytes, name: str, told: Told, output: Console) -> None:
+async def _keep_frame(picture: bytes, name: str, told: Told) -> None:
     file = told.folder / f"{len(told.frames)}-{name}{suffix(picture)}"
     await run_sync(write_whole, file, picture)
     told.frames.append(str(file))
     width, height = await run_sync(size_of, picture)
-    output.print(Text(f"          {file.name}, {width}x{height}", "dim"), soft_wrap=True)
+    told.output.print(Text(f"          {file.name}, {width}x{height}", "dim"), soft_wrap=True)
 
 
 def _made(folder: Path | None) -> Path:
     if folder is None:
         return Path(tempfile.mkdtemp(prefix="envd-demo-"))
-    os.makedirs(folder, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RequestError(f"{folder} cannot be made: {error.strerror}.", hint="Name another one with -o.") from error
     return folder
 
 

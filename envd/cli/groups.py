@@ -10,7 +10,7 @@ import typer
 from .common import Json, Paths, talk
 
 tasks = typer.Typer(
-    help="Task files: whether they can be run here, and the files that they need.",
+    help="Whether task files can be run here, and what they need.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
