@@ -26,6 +26,15 @@ NO_SCORE = 3
 ENDED = 143
 """Exit code after SIGTERM, as a shell tells it."""
 
+HINTS = {
+    "unknown_job": "`envd ls --jobs` lists those that are kept.",
+    "unknown_env": "`envd ls` lists them.",
+    "no_episode": "`envd reset ENV TASK.json` begins one.",
+    "not_found": "`envd ls --episodes` lists the episodes with evidence.",
+    "lease_over": "`envd ls --leases` tells who has what; ask for a new one.",
+}
+"""What to do about an error that does not say so itself, in words of this command line."""
+
 Paths = Annotated[
     list[Path],
     typer.Argument(metavar="PATH", help="Task files, and folders that hold some.", autocompletion=completion.files),
@@ -93,7 +102,7 @@ def talk(work: Coroutine[Any, Any, int]) -> int:
     try:
         return asyncio.run(run())
     except EnvdError as error:
-        fail(error.detail, error.hint, 1)
+        fail(error.detail, error.hint or HINTS.get(error.code, ""), 1)
     except KeyboardInterrupt:
         return 130
     except asyncio.CancelledError:

@@ -202,7 +202,8 @@ def proposed(kept: Mapping[str, str], found: list[Choice]) -> Answers:
     provider = kept.get("PROVIDER", "").strip().lower()
     if provider not in KNOWN_PROVIDERS:
         provider = next(choice.name for choice in found if choice.works)
-    reach: Reach = "token" if kept.get("ENVD_TOKEN") else "network" if kept.get("ENVD_ALLOW") else "host"
+    token = kept.get("ENVD_TOKEN") or kept.get("ENVD_TOKEN_FILE")
+    reach: Reach = "token" if token else "network" if kept.get("ENVD_ALLOW") else "host"
     envs = kept.get("ENVD_ENVS", "")
     return Answers(
         provider=provider,
@@ -307,7 +308,8 @@ def settings_of(answers: Answers, kept: Mapping[str, str]) -> dict[str, str]:
     if answers.reach == "network":
         said["ENVD_ALLOW"] = answers.network
     if answers.reach == "token":
-        said["ENVD_TOKEN"] = kept.get("ENVD_TOKEN") or secrets.token_hex(32)
+        if kept.get("ENVD_TOKEN") or not kept.get("ENVD_TOKEN_FILE"):
+            said["ENVD_TOKEN"] = kept.get("ENVD_TOKEN") or secrets.token_hex(32)
         if kept.get("ENVD_ALLOW"):
             said["ENVD_ALLOW"] = kept["ENVD_ALLOW"]
     return said

@@ -30,10 +30,9 @@ async def envs(client: Client, *, as_json: bool, output: Console | None = None) 
     print_list(output, *_without_empty(names, [_env_row(env, now) for env in found]))
     queue = await client.queue()
     waiting = [lease for lease in await client.leases() if lease.state is LeaseState.WAITING]
-    told = [f"{len(queue.booting)} boot" + ("s" if len(queue.booting) == 1 else "")]
-    told.append(f"{len(queue.waiting)} wait" + ("s" if len(queue.waiting) == 1 else ""))
+    told = [f"{len(queue.booting)} booting, {len(queue.waiting)} waiting for it"]
     told += [f"lease {lease.position} in line: {lease.owner}, {_number(lease.count, 'env')}" for lease in waiting]
-    output.out(f"\n{'; '.join(told)}.", highlight=False)
+    output.out(f"\n{'; '.join(told)}", highlight=False)
     return 0
 
 

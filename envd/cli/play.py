@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import os
@@ -59,13 +60,22 @@ async def reset(
         else:
             console().out(f"{job.id} {job.state}; `envd watch {job.id}` follows it.", highlight=False)
         return 0
-    return await watch(client, job.id)
+    return await _followed(client, job)
 
 
 async def prewarm(client: Client, *, as_json: bool) -> int:
     """Ask for a clean desktop to stand by and follow that. 0 if it does, else 1."""
     job = await client.prewarm()
-    return await _ended(client, job) if as_json else await watch(client, job.id)
+    return await _ended(client, job) if as_json else await _followed(client, job)
+
+
+async def _followed(client: Client, job: Job) -> int:
+    try:
+        return await watch(client, job.id)
+    except asyncio.CancelledError:
+        words = f"{job.id} goes on: `envd watch {job.id}` follows it, `envd cancel {job.id}` ends it."
+        Console(stderr=True, markup=False, highlight=False).print(words, soft_wrap=True)
+        raise
 
 
 async def _ended(client: Client, job: Job) -> int:
