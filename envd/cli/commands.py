@@ -531,7 +531,7 @@ def gc(
 
     Containers, virtual machines and their disks, sandboxes. Only what carries the label of the daemon whose state
     directory this is (ENVD_STATE_DIR), or lies in that directory. While that daemon runs nothing is touched: it sweeps
-    by itself. With PROVIDER=aws, `envd aws gc` follows.
+    by itself. With PROVIDER=aws, `envd aws gc` follows (not with --json).
 
     \b
     Examples:

@@ -79,7 +79,7 @@ def show(found: Survey, *, dry_run: bool, output: Console | None = None) -> None
     else:
         rows = [(one.provider, one.desktop, one.what, decimal(one.size) if one.size else "") for one in found.left]
         print_list(output, ("provider", "desktop", "what there is of it", "on disk"), rows)
-        verb = "would be" if dry_run else "are to be"
+        verb = "would be" if dry_run else "to be"
         output.out(f"\n{_number(found.left)} {verb} removed. Daemon {found.ours} does not run.", highlight=False)
         if any(one.provider in ("docker", "sim") for one in found.left):
             output.out("Its next start would take over those that are played on; then they are lost.", highlight=False)
