@@ -22,6 +22,8 @@ from envd.tasks.grading import find_interpreter
 
 QUICK = {"ENVD_SCREEN": "640x480", "ENVD_ACTION_PAUSE": "0"}
 NOBODY = "http://127.0.0.1:1"
+CAN_JUDGE = find_interpreter(load({}, env_file=None, provider="sim")) is not None
+"""Whether there are evaluators."""
 
 
 def temporary(folder: Path) -> Path:
@@ -40,13 +42,9 @@ async def played(folder: Path, *arguments: str, **settings: str) -> tuple[int, d
     return ran.returncode, told
 
 
-def can_judge() -> bool:
-    return find_interpreter(load({}, env_file=None, provider="sim")) is not None
-
-
 def says_how_it_ended(code: int, verdict: dict[str, Any]) -> bool:
     """A score where there are evaluators, and elsewhere none with a reason."""
-    if can_judge():
+    if CAN_JUDGE:
         return (code, verdict["status"], verdict["score"]) == (0, "scored", 1.0)
     return (code, verdict["status"], verdict["score"]) == (3, "not_evaluable", None) and verdict["detail"]
 
@@ -97,7 +95,7 @@ async def test_where_every_env_is_used_it_disturbs_nobody(tmp_path: Path) -> Non
                 envd, tmp_path, *arguments, ENVD_URL=process.url, TMPDIR=str(temporary(tmp_path)), PATH="/nonexistent"
             )
             assert await client.jobs() == []
-        assert ran.returncode == (0 if can_judge() else 3)
+        assert ran.returncode == (0 if CAN_JUDGE else 3)
         assert "has no env that nobody uses" in ran.stdout
         assert "local desktops cannot be had here" in ran.stdout
         assert "sim desktops; a daemon of its own" in ran.stdout
@@ -145,7 +143,7 @@ async def test_ended_in_the_middle_it_takes_its_daemon_with_it(
         async with asyncio.timeout(30):
             _, said = await process.communicate()
         assert (process.returncode, said) == (code, b"")
-        assert [pid for pid in below if Path(f"/proc/{pid}").exists()] == []
+        assert [pid for pid in below if _lives(pid)] == []
         assert list(temporary(tmp_path).iterdir()) == []
 
 
