@@ -13,7 +13,7 @@ from gymnasium.error import ClosedEnvironmentError
 from ..errors import EnvdError, InvalidRequest, Leased, LeaseOver, SettingsError
 from .acts import Actions, AnyText, action_space, program
 from .holding import DesktopLease
-from .playing import Observation, Pixels, Plan, Player
+from .playing import Observation, Outcome, Pixels, Plan, Player
 
 OnFailure = Literal["raise", "mask"]
 Tasks = Mapping[str, Any] | Sequence[Mapping[str, Any]] | None
@@ -107,12 +107,15 @@ class DesktopEnv(gymnasium.Env[Observation, Any]):
         """Act; and where the episode ends with that, have it judged, which may take minutes.
 
         `info` has `episode_id`, `step`, `action_results`, `end_reason`, `format_reward`, `problem` (why what was said
-        cannot be read), `seconds`, `mask`, and at the end the `verdict`.
+        cannot be read), `seconds`, `mask`, and at the end the `verdict`. Raises InvalidRequest for what is no action
+        and EpisodeOver when there is no episode, whatever `on_failure` says.
         """
         self._usable()
+        self._player.playing()
+        asked = said(self._actions, action, self._player.screen)
 
-        async def act() -> Any:
-            return await self._player.step(**said(self._actions, action, self._player.screen))
+        async def act() -> Outcome:
+            return await self._player.step(**asked)
 
         try:
             outcome = self._lease.run(act)

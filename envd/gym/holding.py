@@ -113,6 +113,7 @@ class DesktopLease:
 
     def take(self) -> int:
         """A place in the lease, from 0, that nobody else in this process has; give it back with `put_back`."""
+        self._usable()
         with self._changing:
             free = set(range(self.count)) - self._taken
             if not free:

@@ -87,6 +87,12 @@ class Player:
         self._episode_id = ""
         self._over = True
 
+    def playing(self, *, also_over: bool = False) -> EnvHandle:
+        """The env, with an episode that goes on. Raises EpisodeOver."""
+        if self._handle is None or (self._over and not also_over):
+            raise EpisodeOver("There is no episode to play on.", hint="Call reset().")
+        return self._handle
+
     async def reset(self, handle: EnvHandle, plan: Plan) -> tuple[Observation, dict[str, Any]]:
         """Begin an episode. Raises as `Client.reset` does."""
         began = time.monotonic()
@@ -109,7 +115,7 @@ class Player:
     async def step(self, *, prediction: str | None = None, programs: Sequence[str] | None = None) -> Outcome:
         """Act, look, and have the episode judged where it ended with that. Raises the EnvdError that kept the step
         from being taken, or the episode from having a score: then its fact `verdict` says why."""
-        handle = self._playing()
+        handle = self.playing()
         try:
             result = await handle.client.step(
                 handle.number,
@@ -134,13 +140,8 @@ class Player:
         return Outcome(self._copied(), math.nan, False, True, info)
 
     async def history(self) -> list[dict[str, Any]]:
-        handle = self._playing(also_over=True)
+        handle = self.playing(also_over=True)
         return await handle.history()
-
-    def _playing(self, *, also_over: bool = False) -> EnvHandle:
-        if self._handle is None or (self._over and not also_over):
-            raise EpisodeOver("There is no episode to play on.", hint="Call reset().")
-        return self._handle
 
     async def _judged(self, handle: EnvHandle, end: EndReason, info: dict[str, Any]) -> Outcome:
         self._over = True
