@@ -66,6 +66,7 @@ class DesktopVectorEnv(VectorEnv[Observations, Any, NDArray[Any]]):
         reset_timeout_s: float | None = RESET_SECONDS,
         render_mode: str | None = None,
     ) -> None:
+        self.closed = True  # until there is something to give back
         checked("mask", render_mode)
         self.num_envs, self.render_mode = num_envs, render_mode
         self._mode = AutoresetMode(autoreset_mode)
@@ -74,6 +75,7 @@ class DesktopVectorEnv(VectorEnv[Observations, Any, NDArray[Any]]):
         self._plan = Plan(max_steps=max_steps, counts=counts, episode_timeout_s=episode_timeout_s)
         self._own = lease is None
         self._lease = lease or DesktopLease(num_envs, url, token=token, owner=owner, wait_s=wait_s)
+        self.closed = False
         self._places: list[int] = []
         try:
             self._places += (self._lease.take() for _ in range(num_envs))
