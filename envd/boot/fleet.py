@@ -31,7 +31,7 @@ from ..settings import Settings
 from ..store import Kind, Store
 from .account import Admission, BootAccount, BootWatcher, boot_failure
 from .idling import Idling
-from .probes import Readiness
+from .probes import Readiness, Watcher
 
 logger = structlog.get_logger(__name__)
 
@@ -195,7 +195,9 @@ class Fleet:
             await self._ask(self.driver.admit(Admission(watcher)))
         except EnvdError as error:
             phases = {"admit": round(time.monotonic() - began, 3)}
-            raise boot_failure(error, {"phase": "admit", "phases": phases, "probes": {}, "log": []}) from error
+            raise boot_failure(
+                error, {"phase": "admit", "phases": phases, "probes": {}, "notes": [], "log": []}
+            ) from error
 
     async def boot(self, watcher: BootWatcher, old: str | None = None) -> Desktop:
         """A clean, ready desktop. Raises BootFailed, BootTimeout or InstanceDied with phase, probes and log.
@@ -268,7 +270,7 @@ class Fleet:
     def _account(
         self, desktop: Desktop, watcher: BootWatcher, probing: aiohttp.ClientSession, begins: str = "create"
     ) -> BootAccount:
-        readiness_of = partial(self._readiness, watcher, probing)
+        readiness_of = partial(self._readiness, probing)
         return BootAccount(desktop.id, watcher, self._events, readiness_of, self._settings.ready_timeout, begins)
 
     async def _make(self, desktop: Desktop, watcher: BootWatcher, account: BootAccount, old: str | None) -> Made:
@@ -308,7 +310,7 @@ class Fleet:
         return made
 
     def _readiness(
-        self, watcher: BootWatcher, session: aiohttp.ClientSession, endpoints: Endpoints, frame: bytes | None
+        self, session: aiohttp.ClientSession, watcher: Watcher, endpoints: Endpoints, frame: bytes | None
     ) -> Readiness:
         return Readiness(
             guest=Guest(session, endpoints.guest),
