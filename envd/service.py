@@ -353,6 +353,19 @@ class Service:
             reasons.append(f"the queue is full: {self.queue.callers_waiting} jobs wait")
         return reasons
 
+    def doubts(self) -> list[str]:
+        """What may keep a reset from succeeding although it can be served."""
+        doubts = []
+        if self.settings.insecure:
+            doubts.append("ENVD_INSECURE: whoever reaches this address can use the desktops")
+        if failed := self.fleet.failed_boots:
+            at, code = failed[-1]
+            count = "boot" if len(failed) == 1 else f"{len(failed)} boots"
+            doubts.append(
+                f"the last {count} failed, {time.time() - at:.0f} s ago with {code}; /v1/jobs?state=failed tells why"
+            )
+        return doubts
+
     def refuse_when_draining(self) -> None:
         if self.draining.is_set():
             raise Draining("The daemon is shutting down and takes no new work.", retry_after=5)

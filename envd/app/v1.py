@@ -216,11 +216,10 @@ async def link(request: Request) -> Response:
 
 
 async def readyz(request: Request) -> Response:
-    """Whether a reset can be served now, and if not why."""
+    """Whether a reset can be served now, and if not why; with what makes it doubtful, such as boots that failed."""
     service = service_of(request)
     reasons = service.not_ready()
-    insecure = ["ENVD_INSECURE: whoever reaches this address can use the desktops"] if service.settings.insecure else []
-    said = {"ready": not reasons, "reasons": reasons, "warnings": insecure}
+    said = {"ready": not reasons, "reasons": reasons, "warnings": service.doubts()}
     return JSONResponse(said, 503 if reasons else 200)
 
 

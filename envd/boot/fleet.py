@@ -50,6 +50,8 @@ SLOW_LOOKS = 5
 """A spare that took longer than `LOOK` so many times in a row is given up. One that is refused is so at once."""
 SWEEP = 60.0
 """Seconds that a start waits at most until what an earlier life left is gone."""
+MOST_FAILED = 100
+"""Boots in a row that are counted."""
 RESET = "its env was reset"
 """Why a desktop is retired whose env has a newer one, or is about to."""
 ADOPTION = 30.0
@@ -125,6 +127,8 @@ class Fleet:
         self._leaving = False
         self.goes_on: Callable[[KeptDesktop], bool] = lambda kept: False
         """Whether a desktop of an earlier life is still wanted."""
+        self.failed_boots: list[tuple[float, str]] = []
+        """When and with which code the latest boots failed, as far as none succeeded since."""
         self.on_lost: Callable[[Desktop, str], None] = lambda desktop, reason: None
         self.on_spares: Callable[[], None] = lambda: None
         """Told whenever there may be more or fewer of them."""
@@ -245,7 +249,11 @@ class Fleet:
             self._let_idle(entry)
         except (EnvdError, TimeoutError) as error:
             self._set(entry, state=DesktopState.REMOVING)
-            raise account.explain(error, await self.log_tail(desktop.id)) from error
+            failure = account.explain(error, await self.log_tail(desktop.id))
+            self.failed_boots = [*self.failed_boots, (time.time(), failure.code)][-MOST_FAILED:]
+            raise failure from error
+        else:
+            self.failed_boots = []
         finally:
             account.over = True
             if entry.desktop.state is not DesktopState.READY:
