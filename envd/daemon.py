@@ -31,7 +31,6 @@ from hypercorn.asyncio import serve as hypercorn_serve
 from hypercorn.config import Config
 from hypercorn.typing import ASGIFramework
 
-from .addresses import reached_at
 from .app import create_app
 from .errors import AddressInUse, SettingsError, StateDirLocked
 from .service import Service, open_service
@@ -121,15 +120,14 @@ def _hear_signals(stop: asyncio.Event, at_once: anyio.Event) -> None:
 
 def _serve_http(service: Service, listener: socket.socket, closing: asyncio.Event) -> asyncio.Task[None]:
     settings = service.settings
-    scheme = "https" if settings.tls_cert else "http"
-    url, others = url_of(listener, scheme), reached_at(listener, scheme)
+    url = url_of(listener, "https" if settings.tls_cert else "http")
     # The descriptor is hypercorn's from here on; it closes it first of all when it shuts down.
     config = hypercorn_config(f"fd://{listener.detach()}", settings)
     # Starlette and hypercorn each have their own types for one and the same ASGI.
     app = cast(ASGIFramework, create_app(service))
     serving = hypercorn_serve(app, config, shutdown_trigger=closing.wait)
     http = asyncio.create_task(serving, name="http server")
-    announce(service, url, others)
+    announce(service, url)
     return http
 
 
@@ -190,20 +188,17 @@ def url_of(listener: socket.socket, scheme: str = "http") -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def announce(service: Service, url: str, others: list[str]) -> None:
-    """One line with where it listens, under which addresses `others` reach it, and each setting that is not the
-    default."""
+def announce(service: Service, url: str) -> None:
+    """One line with where it listens, and each setting that is not the default."""
     settings = service.settings
     chosen = {name: entry["value"] for name, entry in effective(settings).items() if entry["origin"] != "default"}
     logger.info(
         "envd is listening",
         url=url,
-        reached_at=others,
         provider=service.driver.name,
         envs=len(service.envs),
         state_dir=str(settings.state_dir),
         settings=chosen,
-        **({} if others else {"hint": "It is reached from this machine alone. ENVD_HOST=0.0.0.0 lets others in."}),
     )
     if settings.insecure:
         logger.warning("ENVD_INSECURE: whoever reaches this address can use the desktops", url=url)

@@ -8,7 +8,7 @@ the pain's id; what it asserts is the answer that ends the pain.
 | CONC-1 | two trainers get each other's answers | envs of their own; 409 in the middle of a call; leases |
 | EVAL-1 | set-up failed, and the episode is played | `setup_failed` with the step; no observation, no dirty desktop |
 | KVM-1 | no /dev/kvm, and it is slow without a word | the boot's notes: emulated, why, and how long it took before |
-| NET-1 | connection refused, or a timeout | the client tells the two apart; the start line says who can reach it |
+| NET-1 | connection refused, or a timeout | the client tells the two apart, and no worker makes a reward of it |
 | COST-1 | after a day nothing is free | leases end when nobody uses them; `/v1/leases` has owner and time |
 | DISK-1 | the disk fills with what desktops leave | volumes go with their container; `disk_low` where it is full |
 | TRN-1 | timeouts that do not know of each other | `X-Request-Deadline`; `client_timeouts_s` in `/version` |
@@ -45,7 +45,6 @@ from daemon_process import DaemonProcess, daemon, ended_job, reset, start
 from docker_engine import docker, image, nothing_left, tiny_images
 from test_journal_daemon import fill, small_disk, until_ready
 
-from envd.addresses import reached_at
 from envd.client import BlockingRemoteEnvWorker, Client, RemoteEnvWorker, transport
 from envd.drivers.aws.check import check
 from envd.errors import (
@@ -778,29 +777,3 @@ def test_net_1_no_worker_turns_a_server_that_is_not_there_into_a_reward() -> Non
         for call in (lambda: worker.reset(TASK), lambda: worker.step(CLICK), worker.evaluate):
             with pytest.raises(ServerUnreachable, match="Nothing listens"):
                 call()
-
-
-async def test_net_1_the_start_says_who_can_reach_it(tmp_path: Path) -> None:
-    async with serving(tmp_path) as (_, process):
-        line = next(one for one in process.records() if one["event"] == "envd is listening")
-        assert line["reached_at"] == []
-        assert line["hint"] == "It is reached from this machine alone. ENVD_HOST=0.0.0.0 lets others in."
-    token = {"ENVD_TOKEN": "0123456789abcdef0123456789abcdef"}
-    running = await start(tmp_path / "state", "--host", "0.0.0.0", env=SETTINGS | token)
-    try:
-        await running.listening()
-        line = next(one for one in running.records() if one["event"] == "envd is listening")
-        port = running.url.rpartition(":")[2]
-        assert line["reached_at"][0] == f"http://{socket.gethostname()}:{port}"
-        for url in line["reached_at"][1:]:
-            assert (await ask(f"{url}/livez"))[0] == 200
-        assert "hint" not in line
-    finally:
-        await running.kill()
-
-
-def test_net_1_addresses_are_those_of_the_listener() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        assert reached_at(listener) == []
-    with socket.create_server(("::", 0), family=socket.AF_INET6) as listener:
-        assert reached_at(listener, "https")[0].startswith(f"https://{socket.gethostname()}:")
