@@ -6,7 +6,7 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
 from ..service import Service
-from . import docs, leases, legacy, through, v1
+from . import docs, leases, legacy, logs, metrics, through, v1
 from .gate import Gate
 from .lasting import Lasting
 from .problems import Boundary, exception_handlers
@@ -15,9 +15,17 @@ from .problems import Boundary, exception_handlers
 def create_app(service: Service) -> Starlette:
     """The ASGI application over a running service."""
     app = Starlette(
-        routes=[*legacy.routes, *v1.routes, *through.routes, *leases.routes, *docs.routes],
+        routes=[
+            *legacy.routes,
+            *v1.routes,
+            *through.routes,
+            *leases.routes,
+            *metrics.routes,
+            *logs.routes,
+            *docs.routes,
+        ],
         middleware=[
-            Middleware(Boundary),
+            Middleware(Boundary, service.metrics, service.tracing),
             Middleware(Gate, service.access, service.settings.request_rate),
             Middleware(Lasting, service.store),
         ],

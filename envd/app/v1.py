@@ -17,8 +17,10 @@ from ..calls import Sent
 from ..errors import InvalidRequest
 from ..models import DrainRequest, Job, JobState, LinkRequest, ResetRequest, StepRequest, Verdict
 from ..settings import effective
+from ..telemetry.about import note
 from .bodies import (
     LONGEST_POLL,
+    about,
     env_of,
     hold,
     number_in_query,
@@ -34,11 +36,13 @@ from .sse import EventStream
 
 
 def job_json(job: Job, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    about(job)
     body = job.model_dump(mode="json") | {"links": job.links}
     return JSONResponse(body, status, {"ETag": f'"{job.version}"', "Cache-Control": "no-store", **(headers or {})})
 
 
 def verdict_json(verdict: Verdict) -> Response:
+    note(env=verdict.env, episode_id=verdict.episode_id)
     return JSONResponse(verdict.model_dump(mode="json") | {"links": verdict.links})
 
 
@@ -136,7 +140,9 @@ async def envs(request: Request) -> Response:
 
 async def env(request: Request) -> Response:
     """One env with its desktop and episode."""
-    return JSONResponse(service_of(request).env(env_of(request)).model_dump(mode="json"))
+    service, number = service_of(request), env_of(request)
+    service.about(number)
+    return JSONResponse(service.env(number).model_dump(mode="json"))
 
 
 async def step(request: Request) -> Response:
@@ -151,14 +157,18 @@ async def step(request: Request) -> Response:
 
 async def screenshot(request: Request) -> Response:
     """The screen as it is now."""
-    picture = await service_of(request).envs.screenshot(env_of(request))
+    service, number = service_of(request), env_of(request)
+    service.about(number)
+    picture = await service.envs.screenshot(number)
     kind = "image/png" if picture.startswith(b"\x89PNG") else "image/jpeg"
     return Response(picture, media_type=kind, headers={"Cache-Control": "no-store"})
 
 
 async def history(request: Request) -> Response:
     """The messages of the current episode, as models are shown them."""
-    dialogue = service_of(request).envs.dialogue(env_of(request))
+    service, number = service_of(request), env_of(request)
+    service.about(number)
+    dialogue = service.envs.dialogue(number)
     messages = dialogue.wire_json() if dialogue else b"[]"
     return Response(b'{"history_messages": ' + messages + b"}", media_type="application/json")
 
