@@ -526,6 +526,8 @@ class Event(Model):
     desktop_id: str | None = None
     job: Job | None = None
     data: dict[str, Any] = {}
+    request_id: str | None = None
+    """Of the request that caused it; None where it came of itself, or of a job that goes on by itself."""
 
     @property
     def sequence(self) -> int:

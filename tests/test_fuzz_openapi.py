@@ -44,6 +44,8 @@ QUICK = {
     "ENVD_OFFLINE": "1",
     "ENVD_LOG_FORMAT": "json",
 }
+NDJSON = "application/x-ndjson"
+STREAMS = ("text/event-stream", NDJSON)
 LONGEST_WAIT = 0.2
 """Seconds that a request may itself ask to be kept waiting: pauses and long polls are other tests' matter."""
 
@@ -171,7 +173,7 @@ def tried(case: Any, running: Running, session: requests.Session) -> str:
         with session.request(**sent, timeout=DEADLINE, stream=True, allow_redirects=False) as answer:
             kind = answer.headers.get("Content-Type", "").partition(";")[0]
             # A stream goes on: its beginning is enough.
-            body = next(answer.iter_content(65_536)) if kind == "text/event-stream" else answer.content
+            body = next(answer.iter_content(65_536), b"") if kind in STREAMS else answer.content
     except (requests.exceptions.InvalidHeader, requests.exceptions.InvalidURL, UnicodeError):
         return "not sent"
     assert time.monotonic() - began < DEADLINE
@@ -186,7 +188,10 @@ def judged(status: int, kind: str, body: bytes, case: Any, codes: frozenset[str]
             assert (kind, body) == ("", b"")
             return str(status)
         assert kind in content, (status, kind)
-        if kind.endswith("json"):
+        if kind == NDJSON:
+            lines = body.rpartition(b"\n")[0].split(b"\n")  # the last may be cut
+            assert all("event" in json.loads(line) for line in lines if line)
+        elif kind.endswith("json"):
             fits(content[kind].get("schema", {}), json.loads(body))
         return str(status)
     assert status >= 400

@@ -29,7 +29,7 @@ from ..models import (
     StepResult,
     Verdict,
 )
-from . import legacy
+from . import legacy, logs
 from .gate import LINK, SAFE
 from .sse import EventStream
 
@@ -218,6 +218,12 @@ JSON: dict[str, dict[int, Schema]] = {
     "/v1/jobs": {200: _object({"jobs": _list(_ref(Job))})},
     "/v1/jobs/{job}": {200: JOB},
     "/v1/jobs/{job}/cancel": {200: JOB, 202: JOB},
+    "/v1/episodes/{episode}/steps": {
+        200: _object({"episode": {"type": "object"}, "steps": MESSAGES, "verdict": {"type": ["object", "null"]}})
+    },
+    "/v1/whoami": {
+        200: _object({"name": STRING, "scope": STRING, "how": STRING, "until": {"type": ["number", "null"]}})
+    },
     "/v1/leases": {200: _object({"leases": _list(_ref(Lease))}), 201: LEASE, 202: LEASE},
     "/v1/leases/{lease}": {200: LEASE},
     "/v1/leases/{lease}/renew": {200: LEASE},
@@ -237,16 +243,22 @@ OTHER: dict[str, tuple[str, ...]] = {
     "/v1/envs/{env}/files": ("application/octet-stream",),
     "/v1/envs/{env}/vnc/{path}": ("*/*",),
     "/v1/envs/{env}/cdp/{path}": ("*/*",),
+    "/v1/episodes/{episode}/frames/{frame}": ("image/png", "image/jpeg"),
     "/v1/episodes/{episode}/bundle": ("application/x-tar",),
+    "/v1/logs": ("application/x-ndjson",),
+    "/metrics": ("text/plain", "application/openmetrics-text"),
     "/docs": ("text/html",),
     "/docs/{page}": ("text/html",),
     "/errors": ("text/html",),
+    "/": ("text/html",),
+    "/dashboard/{file}": ("*/*",),
 }
 WITHOUT_BODY: dict[str, tuple[int, str]] = {
     "/v1/jobs/{job}": (304, "it is still as If-None-Match says"),
     "/v1/jobs/{job}/events": (204, "the job has ended, and its end was seen"),
 }
 NOT_NEGATIVE: Schema = {"type": "number", "minimum": 0}
+WIDTH: Schema = {"type": "integer", "minimum": 16, "maximum": 4096}
 LAST_EVENT_ID = ("query", "last_event_id", STRING), ("header", "Last-Event-ID", STRING)
 PARAMETERS: dict[str, tuple[tuple[str, str, Schema], ...]] = {
     "/v1/jobs/{job}": (
@@ -257,7 +269,20 @@ PARAMETERS: dict[str, tuple[tuple[str, str, Schema], ...]] = {
     "/v1/jobs": (("query", "env", NOT_NEGATIVE), ("query", "state", {"enum": [state.value for state in JobState]})),
     "/v1/jobs/{job}/events": LAST_EVENT_ID,
     "/v1/leases/{lease}": (("query", "after", NOT_NEGATIVE), ("query", "wait", NOT_NEGATIVE)),
-    "/v1/events": LAST_EVENT_ID,
+    "/v1/logs": (
+        ("query", "env", NOT_NEGATIVE),
+        ("query", "job", STRING),
+        ("query", "episode", STRING),
+        ("query", "level", {"enum": list(logs.LEVELS)}),
+        ("query", "since", NOT_NEGATIVE),
+        ("query", "after", STRING),
+        ("query", "limit", NOT_NEGATIVE),
+        ("query", "follow", {"enum": ["0", "1"]}),
+    ),
+    "/v1/events": (*LAST_EVENT_ID, ("query", "stats", {"enum": ["0", "1"]})),
+    "/v1/envs/{env}/screenshot": (("query", "width", WIDTH),),
+    "/v1/episodes/{episode}/frames/{frame}": (("query", "width", WIDTH),),
+    "/v1/episodes/{episode}/steps": (("query", "after", NOT_NEGATIVE),),
     "/v1/envs/{env}/files": (("query", "path", STRING), ("header", HEADER, STRING)),
     "/env/history_messages": (("query", "slot_id", {"type": "integer", "minimum": 0}),),
 }
@@ -308,6 +333,8 @@ IN_PATH: dict[str, Schema] = {
     "env": {"type": "integer", "minimum": 0},
     "job": STRING,
     "episode": STRING,
+    "frame": {"type": "integer", "minimum": 0},
+    "file": STRING,
     "lease": STRING,
     "path": STRING,
     "page": STRING,

@@ -15,7 +15,6 @@ from starlette.responses import HTMLResponse, JSONResponse, Response
 from starlette.routing import BaseRoute, Route
 
 from ...errors import NotFound
-from .. import leases, legacy, through, v1
 from ..openapi import document_of
 from .pages import PAGES
 
@@ -72,4 +71,6 @@ routes: list[BaseRoute] = [
 
 @cache
 def openapi_document() -> dict[str, Any]:
-    return document_of((*legacy.routes, *v1.routes, *through.routes, *leases.routes, *routes))
+    from ..routes import ROUTES  # among them are those of this module
+
+    return document_of(ROUTES)
