@@ -103,7 +103,7 @@ class _Renderer(RendererHTML):
         return f"{link if tokens[index].tag != 'h1' else ''}</{tokens[index].tag}>\n"
 
     def table_open(self, tokens: Sequence[Token], index: int, options: OptionsDict, env: Env) -> str:
-        return '<div class="table" role="region" aria-label="Table" tabindex="0"><table>\n'
+        return '<div class="table" role="group" aria-label="Table" tabindex="0"><table>\n'
 
     def table_close(self, tokens: Sequence[Token], index: int, options: OptionsDict, env: Env) -> str:
         return "</table></div>\n"

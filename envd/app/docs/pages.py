@@ -21,6 +21,8 @@ class Page:
     section: str
     source: str
     language: str = "en"
+    note: str = ""
+    """Shown above everything else."""
 
     @property
     def url(self) -> str:
@@ -30,6 +32,14 @@ class Page:
         """Its Markdown: of an installed package beside the others, in a checkout where it lies."""
         packed = _FOLDER / f"{self.name}.md"
         return (packed if packed.exists() else _ROOT / self.source).read_text(encoding="utf-8")
+
+
+def _guide(name: str, title: str, source: str) -> Page:
+    """A guide that lies beside what it is about."""
+    note = (
+        f"This guide is {source} of the source. Its commands need hosts of their own: no test of these pages runs them."
+    )
+    return Page(name, title, "Operate", source, note=note)
 
 
 def _pages(section: str, **titles: str) -> list[Page]:
@@ -50,9 +60,11 @@ _ALL = (
         events="Events",
         leases="Leases",
     ),
+    *_pages("Operate", running="Running it"),
+    _guide("docker", "Containers and machines", "deploy/DOCKER.md"),
+    _guide("ec2", "EC2", "deploy/aws/README.md"),
     *_pages(
         "Operate",
-        running="Running it",
         access="Tokens and scopes",
         recovery="When something dies",
         settings="Settings",
