@@ -285,6 +285,7 @@ install_unit() {
   case $provider in
   docker)
     if [ -e "$dropin" ]; then
+      say "removing $dropin"
       rm -f "$dropin"
       restart=yes changed=yes
     fi
@@ -483,7 +484,7 @@ remove_desktops() {
     local containers
     containers=$(docker ps --all --quiet --filter "label=io.envd.daemon=$id" 2>/dev/null || true)
     if [ -n "$containers" ]; then
-      say "removing $(wc -w <<<"$containers") desktops"
+      say "removing desktops: $(wc -w <<<"$containers")"
       changed=yes
       # shellcheck disable=SC2086
       docker rm --force --volumes $containers >/dev/null

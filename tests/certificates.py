@@ -38,8 +38,6 @@ def certificate(folder: Path, name: str) -> Certificate:
     made = Certificate(folder / "fullchain.pem", folder / "key.pem")
     made.chain.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
     made.key.write_bytes(
-        key.private_bytes(
-            serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-        )
+        key.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption())
     )
     return made

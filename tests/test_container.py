@@ -61,9 +61,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> str:
     context = subprocess.run(
         ["bash", "-c", command_of_guide("tar")], cwd=ROOT, capture_output=True, check=True, timeout=60
     ).stdout
-    return built(
-        "envd/test-daemon", context, "--file", "deploy/container/Dockerfile", "--build-arg", f"BASE={pinned}"
-    )
+    return built("envd/test-daemon", context, "--file", "deploy/container/Dockerfile", "--build-arg", f"BASE={pinned}")
 
 
 def command_of_guide(program: str) -> str:

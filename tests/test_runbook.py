@@ -28,11 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
-import anyio
 import pytest
 from daemon_process import daemon, ended_job, reset
 from service_host import ROOT, ServiceHost, base, docker, service_host
-from test_install import INSTALL, SOCKET, docker_command
+from serving import eventually
+from test_install import INSTALL, SOCKET, becomes_ready, docker_command
 from test_tunnel import free_port, plays
 
 RUNBOOK = ROOT / "deploy" / "RUNBOOK.md"
@@ -201,15 +201,8 @@ async def serves(host: ServiceHost, url: str) -> None:
     while "active" not in host.run("systemctl is-active envd", check=False).split():
         host.run("systemctl start envd", check=False)
         assert time.monotonic() < deadline
-    async with aiohttp.ClientSession() as session, asyncio.timeout(WITHIN):
-        while True:
-            try:
-                async with session.get(f"{url}/readyz") as answer:
-                    if answer.status == 200:
-                        return
-            except aiohttp.ClientConnectionError:
-                pass
-            await anyio.sleep(0.1)
+    async with aiohttp.ClientSession() as session:
+        await becomes_ready(session, url)
 
 
 @pytest.mark.docker
@@ -238,7 +231,5 @@ async def test_it_can_be_run_on_the_host(block: Block, host: tuple[ServiceHost, 
 
 async def _again(host: ServiceHost, url: str) -> None:
     """Once systemd has started it again."""
-    with anyio.fail_after(WITHIN):
-        while host.run("systemctl show -p NRestarts --value envd").strip() == "0":
-            await anyio.sleep(0.1)
+    await eventually(lambda: host.run("systemctl show -p NRestarts --value envd").strip() != "0", WITHIN)
     await serves(host, url)
