@@ -290,8 +290,8 @@ install_unit() {
       restart=yes changed=yes
     fi
     ;;
-  local | qemu) place "$project/deploy/envd.service.d/$provider.conf" "$dropin" ;;
-  *) place "$project/deploy/envd.service.d/without-docker.conf" "$dropin" ;;
+  local | qemu) place "$project/deploy/unit.d/$provider.conf" "$dropin" ;;
+  *) place "$project/deploy/unit.d/without-docker.conf" "$dropin" ;;
   esac
   if systemd_runs && [ "$restart" = yes ]; then systemctl daemon-reload; fi
 }
