@@ -45,6 +45,9 @@ from .tasks.assets import Assets
 from .tasks.evaluating import Evaluators
 from .tasks.schema import examine, parse
 from .tasks.task import NO_TASK
+from .telemetry.about import note
+from .telemetry.metrics import Metrics
+from .telemetry.tracing import Tracing, open_tracing
 
 logger = structlog.get_logger(__name__)
 
@@ -67,6 +70,7 @@ class Service:
         evaluators: Evaluators,
         daemon_id: str,
         access: Access,
+        tracing: Tracing | None = None,
     ) -> None:
         self.settings = settings
         self.driver = driver
@@ -83,7 +87,13 @@ class Service:
         self.abilities = Abilities.of(settings, has_asset=assets.has_now, ocr=evaluators.ocr)
         self.queue = BootQueue(settings, self.fleet, self.envs, store, events)
         self.leases = Leases(settings, self.envs, self.queue, store, events)
+        self.tracing = tracing
+        if tracing is not None:
+            events.listen(tracing.observe)
         self.host = Host(settings.state_dir)
+        self.metrics = Metrics()
+        events.listen(self.metrics.observe)
+        self.queue.on_boot = self.metrics.booted
         self.started_at = time.time()
         self.closing = anyio.Event()
         """No new work is taken."""
@@ -256,6 +266,7 @@ class Service:
         async def work() -> Job:
             self.refuse_new_work()
             job = submit()
+            note(job_id=job.id, env=job.env)
             try:
                 await self.calls.keep(sent, "job", job.id)
             except DiskLow:
@@ -269,6 +280,7 @@ class Service:
         return await self.calls.do(sent, work, self._job_again)
 
     async def _job_again(self, kept: KeptAnswer) -> Job:
+        note(job_id=kept.id)
         return self.queue.get(kept.id)
 
     def refuse_new_work(self) -> None:
@@ -285,6 +297,7 @@ class Service:
         """See `Envs.step`. Refused also while a reset of the env waits: its caller has given this episode up."""
 
         async def work() -> StepResult:
+            self.about(env)
             self.refuse_when_draining()
             self.leases.require(env, sent.lease)
             _, waiting = self.queue.of_env(env)
@@ -303,6 +316,7 @@ class Service:
         """See `Evaluations.evaluate`."""
 
         async def work() -> Verdict:
+            self.about(env)
             self.refuse_when_draining()
             self.leases.require(env, sent.lease)
             episode, _ = self.envs.played(env)
@@ -319,6 +333,15 @@ class Service:
             return await self.evaluations.verdict(kept.id)
 
         return await self.calls.do(sent, work, again)
+
+    def about(self, env: int) -> None:
+        """The request that is being served is about what is played there now. Raises UnknownEnv."""
+        now = self.envs.env(env)
+        note(
+            env=env,
+            episode_id=now.episode.id if now.episode else None,
+            desktop_id=now.desktop.id if now.desktop else None,
+        )
 
     def refuse_other_screen(self, screen: tuple[int, int] | None) -> None:
         """Raise InvalidRequest unless desktops have the screen that a caller counts on."""
@@ -352,6 +375,12 @@ class Service:
         if self.queue.callers_waiting >= self.settings.queue_limit:
             reasons.append(f"the queue is full: {self.queue.callers_waiting} jobs wait")
         return reasons
+
+    def readiness(self) -> dict[str, Any]:
+        """What `/readyz` says."""
+        reasons = self.not_ready()
+        insecure = ["ENVD_INSECURE: whoever reaches this address can use the desktops"]
+        return {"ready": not reasons, "reasons": reasons, "warnings": insecure if self.settings.insecure else []}
 
     def refuse_when_draining(self) -> None:
         if self.draining.is_set():
@@ -392,12 +421,15 @@ async def open_service(settings: Settings, daemon_id: str, driver: Driver | None
         assets = Assets(settings, session)
         await assets.load()
         async with (
+            open_tracing(os.environ, daemon_id) as tracing,
             Bundles.open(settings, played) as bundles,
             Evaluators.open(settings, assets) as evaluators,
             driver or make_driver(settings, daemon_id) as opened,
         ):
             events = EventLog(store)
-            yield Service(settings, opened, store, events, session, assets, bundles, evaluators, daemon_id, access)
+            yield Service(
+                settings, opened, store, events, session, assets, bundles, evaluators, daemon_id, access, tracing
+            )
 
 
 def _goes_on(job: Job) -> bool:

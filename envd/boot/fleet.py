@@ -8,6 +8,7 @@ a removal that fails is tried again until the driver confirms it, and what it ha
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -67,6 +68,8 @@ class _Entry:
     lost: anyio.Event = field(default_factory=anyio.Event)
     monitor: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     removing: bool = False
+    removing_since: float = math.inf
+    """On the monotonic clock."""
     idling: Idling | None = None
     """Once it is ready, if it is to be paused."""
     parked: bool = False
@@ -146,6 +149,12 @@ class Fleet:
 
     def desktops(self) -> tuple[Desktop, ...]:
         return tuple(entry.desktop for entry in self._entries.values())
+
+    @property
+    def removing_s(self) -> float:
+        """For how many seconds the desktop is being removed that is so longest; 0 when none is."""
+        since = min((entry.removing_since for entry in self._entries.values()), default=math.inf)
+        return max(0.0, time.monotonic() - since)
 
     def get(self, desktop_id: str) -> Desktop | None:
         entry = self._entries.get(desktop_id)
@@ -236,7 +245,7 @@ class Fleet:
             async with probing:
                 # Whatever becomes of us, the next life knows of the instance before there is one.
                 await self._store.settle()
-                with anyio.fail_after(max(left, 0.0)):
+                with anyio.fail_after(max(left, 0.0)), structlog.contextvars.bound_contextvars(desktop_id=desktop.id):
                     made = await make(account)
             # Nothing is awaited from here on: a ready desktop of no env is a spare for whoever looks.
             self._set(entry, state=DesktopState.READY, endpoints=made.endpoints, ready_at=time.time(), chrome_cdp=True)
@@ -559,7 +568,7 @@ class Fleet:
         entry = self._entries.get(desktop_id)
         if entry is None or entry.removing or self._tasks is None or self._leaving:
             return
-        entry.removing = True
+        entry.removing, entry.removing_since = True, time.monotonic()
         self._set(entry, state=DesktopState.REMOVING)
         self._tasks.start_soon(self._remove, entry, why)
         self.on_spares()

@@ -88,6 +88,35 @@ def watch(
 
 
 @app.command()
+def logs(
+    env: Annotated[int | None, typer.Option(help="Lines about this env.")] = None,
+    job: Annotated[str | None, typer.Option(help="Lines about this job.")] = None,
+    episode: Annotated[str | None, typer.Option(help="Lines about this episode.")] = None,
+    level: Annotated[str | None, typer.Option(help="debug, info, warning or error: no line below it.")] = None,
+    since: Annotated[str | None, typer.Option(help="No line older than that: 30s, 10m, 2h, 1d.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The newest so many; default 200.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with the lines that come.")] = False,
+    as_json: Json = False,
+    url: Url = None,
+) -> None:
+    """Show the daemon's log: its last lines, and with --follow those that come.
+
+    A restart of the daemon is survived.
+    """
+    from ..client import Client
+    from ..client.logs import Which
+    from .logs import logs as show
+    from .logs import moment
+
+    async def run() -> int:
+        async with Client(server(url)) as client:
+            which = Which(env=env, job=job, episode=episode, level=level, since=moment(since), limit=limit)
+            return await show(client, which, follow=follow, as_json=as_json)
+
+    raise SystemExit(talk(run()))
+
+
+@app.command()
 def prewarm(url: Url = None) -> None:
     """Boot a clean desktop now and wait until it stands by.
 
