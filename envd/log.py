@@ -90,6 +90,11 @@ def setup(level: str = "info", fmt: LogFormat = "auto") -> None:
     )
 
 
+def for_people(fmt: LogFormat) -> bool:
+    """Whether what is logged is read on a terminal as it comes."""
+    return fmt != "json" and sys.stderr is not None and sys.stderr.isatty()
+
+
 class Outlet(logging.Handler):
     """Writes lines to a file descriptor, in order, from a thread of its own. Never blocks and never raises."""
 

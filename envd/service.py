@@ -48,6 +48,8 @@ from .tasks.task import NO_TASK
 from .telemetry.about import note
 from .telemetry.metrics import Metrics
 from .telemetry.tracing import Tracing, open_tracing
+from .vm.kvm import Kvm
+from .vm.kvm import known as known_kvm
 
 logger = structlog.get_logger(__name__)
 
@@ -94,6 +96,8 @@ class Service:
         self.metrics = Metrics()
         events.listen(self.metrics.observe)
         self.queue.on_boot = self.metrics.booted
+        self.kvm: Kvm | None = None
+        """What is known of it since the provider was opened, which tries it if it needs it. None: nobody tried."""
         self.started_at = time.time()
         self.closing = anyio.Event()
         """No new work is taken."""
@@ -427,9 +431,11 @@ async def open_service(settings: Settings, daemon_id: str, driver: Driver | None
             driver or make_driver(settings, daemon_id) as opened,
         ):
             events = EventLog(store)
-            yield Service(
+            service = Service(
                 settings, opened, store, events, session, assets, bundles, evaluators, daemon_id, access, tracing
             )
+            service.kvm = await anyio.to_thread.run_sync(known_kvm, settings.state_dir)
+            yield service
 
 
 def _goes_on(job: Job) -> bool:

@@ -307,6 +307,8 @@ class Settings(BaseSettings):
     """auto: JSON unless stderr is a terminal."""
     url: str = "http://127.0.0.1:15001"
     """Server that the command line's client commands talk to."""
+    lease: SecretStr = SecretStr("")
+    """Lease that they play under."""
 
     origins: Mapping[str, str] = Field(default_factory=dict, exclude=True, repr=False)
     """Field name → where its value came from: `environment`, the .env file's path, `argument` or `default`."""

@@ -189,8 +189,8 @@ async def health(request: Request) -> Response:
             "provider": service.driver.name,
             "observation_type": "screenshot",
             "screenshot_source": "guest",
-            # A device that opens is not yet KVM that works; no driver of this version uses it.
-            "kvm_available": False,
+            # A device that opens is not yet KVM that works: only where a guest was seen to execute.
+            "kvm_available": service.kvm is not None and service.kvm.works,
             "kvm_device": KVM_DEVICE,
             "env_status": statuses["0"],
             "message": "; ".join(reasons) or "ready",
