@@ -149,8 +149,9 @@ def shown(block: Block, said: str) -> None:
     assert compact(block.facts.get("shows", "")) in compact(said), said
 
 
+@pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("block", those("trainer"))
-async def test_it_can_be_run_on_a_trainers_node(block: Block, tmp_path: Path, programs: Path) -> None:
+async def test_it_can_be_run_on_a_trainers_node(block: Block, tmp_path: Path) -> None:
     settings = {"ENVD_TOKEN": TOKEN, "ENVD_SIM": "vnc"}
     async with daemon(tmp_path / "state", env=settings) as (running, session):
         session.headers["Authorization"] = f"Bearer {TOKEN}"
@@ -159,6 +160,7 @@ async def test_it_can_be_run_on_a_trainers_node(block: Block, tmp_path: Path, pr
         await ran(block, running.url, tmp_path)
 
 
+@pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("block", those("nowhere"))
 async def test_it_can_be_run_where_nobody_answers(block: Block, tmp_path: Path) -> None:
     await ran(block, f"http://{NOBODY}:15001", tmp_path)
