@@ -285,12 +285,13 @@ install_unit() {
   case $provider in
   docker)
     if [ -e "$dropin" ]; then
+      say "removing $dropin"
       rm -f "$dropin"
       restart=yes changed=yes
     fi
     ;;
-  local | qemu) place "$project/deploy/envd.service.d/$provider.conf" "$dropin" ;;
-  *) place "$project/deploy/envd.service.d/without-docker.conf" "$dropin" ;;
+  local | qemu) place "$project/deploy/unit.d/$provider.conf" "$dropin" ;;
+  *) place "$project/deploy/unit.d/without-docker.conf" "$dropin" ;;
   esac
   if systemd_runs && [ "$restart" = yes ]; then systemctl daemon-reload; fi
 }
@@ -483,7 +484,7 @@ remove_desktops() {
     local containers
     containers=$(docker ps --all --quiet --filter "label=io.envd.daemon=$id" 2>/dev/null || true)
     if [ -n "$containers" ]; then
-      say "removing $(wc -w <<<"$containers") desktops"
+      say "removing desktops: $(wc -w <<<"$containers")"
       changed=yes
       # shellcheck disable=SC2086
       docker rm --force --volumes $containers >/dev/null

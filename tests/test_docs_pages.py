@@ -105,7 +105,15 @@ def test_every_link_leads_somewhere_in_the_repository_too(name: str) -> None:
             assert target_of(page, reference) or file.endswith(".svg") or not file.startswith(HERE), reference
 
 
-@pytest.mark.parametrize("file", ["README.md", "deploy/DOCKER.md", "deploy/aws/README.md"])
+GUIDES = (
+    "README.md",
+    "README.zh-CN.md",
+    "deploy/RUNBOOK.md",
+    *(f"deploy/{name}/README.md" for name in ("aws", "container", "proxy", "tunnel")),
+)
+
+
+@pytest.mark.parametrize("file", [*GUIDES, "deploy/DOCKER.md"])
 def test_links_of_guides_lead_somewhere(file: str) -> None:
     text = re.sub(r"```.*?```", "", (ROOT / file).read_text(), flags=re.DOTALL)
     found = [one for one in re.findall(r"\]\(([^)\s]+)\)", text) if not one.startswith("http")]

@@ -28,11 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
-import anyio
 import pytest
 from daemon_process import daemon, ended_job, reset
 from service_host import ROOT, ServiceHost, base, docker, service_host
-from test_install import INSTALL, SOCKET, docker_command
+from serving import eventually
+from test_install import INSTALL, SOCKET, becomes_ready, docker_command
 from test_tunnel import free_port, plays
 
 RUNBOOK = ROOT / "deploy" / "RUNBOOK.md"
@@ -101,11 +101,6 @@ def test_every_block_is_run_or_says_why_not(block: Block) -> None:
         assert set(block.facts) <= {"run", "for", "fails", "shows", "playing", "after"}
 
 
-def test_no_link_leads_nowhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)", RUNBOOK.read_text()):
-        assert (RUNBOOK.parent / target).exists(), target
-
-
 # -- on a trainer's node ------------------------------------------------------------------------------------------
 
 
@@ -154,8 +149,9 @@ def shown(block: Block, said: str) -> None:
     assert compact(block.facts.get("shows", "")) in compact(said), said
 
 
+@pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("block", those("trainer"))
-async def test_it_can_be_run_on_a_trainers_node(block: Block, tmp_path: Path, programs: Path) -> None:
+async def test_it_can_be_run_on_a_trainers_node(block: Block, tmp_path: Path) -> None:
     settings = {"ENVD_TOKEN": TOKEN, "ENVD_SIM": "vnc"}
     async with daemon(tmp_path / "state", env=settings) as (running, session):
         session.headers["Authorization"] = f"Bearer {TOKEN}"
@@ -164,6 +160,7 @@ async def test_it_can_be_run_on_a_trainers_node(block: Block, tmp_path: Path, pr
         await ran(block, running.url, tmp_path)
 
 
+@pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("block", those("nowhere"))
 async def test_it_can_be_run_where_nobody_answers(block: Block, tmp_path: Path) -> None:
     await ran(block, f"http://{NOBODY}:15001", tmp_path)
@@ -201,15 +198,8 @@ async def serves(host: ServiceHost, url: str) -> None:
     while "active" not in host.run("systemctl is-active envd", check=False).split():
         host.run("systemctl start envd", check=False)
         assert time.monotonic() < deadline
-    async with aiohttp.ClientSession() as session, asyncio.timeout(WITHIN):
-        while True:
-            try:
-                async with session.get(f"{url}/readyz") as answer:
-                    if answer.status == 200:
-                        return
-            except aiohttp.ClientConnectionError:
-                pass
-            await anyio.sleep(0.1)
+    async with aiohttp.ClientSession() as session:
+        await becomes_ready(session, url)
 
 
 @pytest.mark.docker
@@ -238,7 +228,5 @@ async def test_it_can_be_run_on_the_host(block: Block, host: tuple[ServiceHost, 
 
 async def _again(host: ServiceHost, url: str) -> None:
     """Once systemd has started it again."""
-    with anyio.fail_after(WITHIN):
-        while host.run("systemctl show -p NRestarts --value envd").strip() == "0":
-            await anyio.sleep(0.1)
+    await eventually(lambda: host.run("systemctl show -p NRestarts --value envd").strip() != "0", WITHIN)
     await serves(host, url)
