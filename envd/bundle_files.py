@@ -251,6 +251,24 @@ def find_frame(folder: Path, number: int) -> bytes | None:
     return None
 
 
+def read_steps(folder: Path, after: int, most: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """What episode.json tells, and at most `most` steps that follow step `after`. What is not there is empty, and a
+    line that was cut short is passed over."""
+    told: dict[str, Any] = {}
+    with suppress(OSError, ValueError), _opened(folder / "episode.json") as file:
+        told = json.load(file)
+    found: list[dict[str, Any]] = []
+    with suppress(OSError), _opened(folder / "steps.jsonl") as file:
+        for line in file:
+            with suppress(ValueError):
+                step = json.loads(line)
+                if int(step["step"]) > after:
+                    found.append(step)
+            if len(found) == most:
+                break
+    return told, found
+
+
 def list_bundles(root: Path) -> list[tuple[float, str]]:
     """(last written to, in Unix seconds; name) of each bundle, the latest first."""
     try:

@@ -45,7 +45,7 @@ import structlog
 from anyio.abc import TaskGroup
 from pydantic import ValidationError
 
-from .bundle_files import Folder, Write, find_frame, list_bundles, remove_bundle, remove_leftovers, tar
+from .bundle_files import Folder, Write, find_frame, list_bundles, read_steps, remove_bundle, remove_leftovers, tar
 from .errors import NotFound
 from .models import SetupRecord, StepResult, Verdict
 from .settings import Settings
@@ -129,6 +129,18 @@ class Bundles:
         if bundle := self._open.get(episode_id):
             await bundle.flushed()
         return await self._in_thread(find_frame, self._root / episode_id, number)
+
+    async def recorded_frame(self, episode_id: str, number: int) -> bytes | None:
+        """As `frame`, for an id that anybody may have made up. Raises NotFound when there is no such bundle."""
+        await self._require(episode_id)
+        return await self.frame(episode_id, number)
+
+    async def steps(self, episode_id: str, after: int, most: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """episode.json, and at most `most` lines of steps.jsonl that follow step `after`. Raises NotFound."""
+        if bundle := self._open.get(episode_id):
+            await bundle.flushed()
+        await self._require(episode_id)
+        return await self._in_thread(read_steps, self._root / episode_id, after, most)
 
     async def ids(self) -> list[str]:
         """Episodes that have a bundle, the one that was written to last first."""

@@ -5,6 +5,10 @@ was; then events as they come. A comment breaks the silence. The stream of a job
 asking again after that gives 204, which tells an EventSource to stop. When the daemon ends, so does every stream,
 with `server-shutdown`.
 
+`/v1/events?stats=1` is for whoever shows the whole daemon, as the dashboard does: its snapshot tells more, and between
+the events there are `env` (an env as it now is) and, every few seconds, `stats`. They have no ids, since they are not
+in the log.
+
 Plain ASGI, since a stream then costs one task and no copies: the publisher never waits for a reader, a reader that
 does not read is cut off, and HTTP/2 is refused because hypercorn has no backpressure there.
 """
@@ -13,8 +17,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager
+import time
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import anyio
@@ -24,8 +29,10 @@ from starlette.types import Receive, Scope, Send
 
 from ..errors import EnvdError, HttpVersionUnsupported, TooManyWatchers
 from ..events import EventLog
+from ..host import SAMPLE_SECONDS
 from ..models import Event, Job
 from ..service import Service
+from .dashboard.view import View, concerned
 from .problems import problem_response
 
 RETRY_MS = 1000
@@ -62,7 +69,7 @@ class EventStream:
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
             await send({"type": "http.response.body", "body": b""})
         else:
-            async with _counted(service):
+            with counted(service):
                 await stream.play(receive, send)
 
 
@@ -70,10 +77,14 @@ class _Stream:
     """One stream. What it opens with is made at once, so that its header, its snapshot and the event that follows
     agree."""
 
-    def __init__(self, service: Service, job: Job | None, after: int | None, asked: bool) -> None:
+    def __init__(
+        self, service: Service, job: Job | None, after: int | None, asked: bool, view: View | None = None
+    ) -> None:
         self._service = service
+        self._view = view
         self._events: EventLog = service.events
         self._job = job
+        self._stats_due = 0.0
         resumed = after is not None and not self._events.missed(after)
         self._after = after if after is not None and resumed else self._events.last
         self._ended = job is not None and job.state.terminal and not resumed
@@ -111,14 +122,19 @@ class _Stream:
         yield self._opening
         if self._ended:
             return
-        following = self._events.follow(self._after, self._service.settings.heartbeat, self._concerns)
+        silence = self._service.settings.heartbeat if self._view is None else SAMPLE_SECONDS
+        following = self._events.follow(self._after, silence, self._concerns)
         async with aclosing(following) as batches:
             async for batch in batches:
-                if batch is None:
+                if batch is None and self._view is None:
                     yield b": still here\n\n"
                     continue
-                for piece in _packed(batch):
+                for piece in _packed(batch or []):
                     yield piece
+                if self._view is not None:
+                    yield self._beside(self._view, batch)
+                    continue
+                assert batch is not None
                 if self._job is not None and any(event.terminal for event in batch):
                     return
         # A reader that fell behind is let go without a word: when it comes back it is told of the gap.
@@ -128,6 +144,16 @@ class _Stream:
                 "server-shutdown", {"kind": "server-shutdown", "data": {"retry_s": retry_s}}
             )
 
+    def _beside(self, view: View, batch: list[Event] | None) -> bytes:
+        """What a view is told beside these events, or after some time without any."""
+        about = None if batch is None else concerned(batch)
+        told = b"".join(_message("env", {"kind": "env", "env": env}) for env in view.envs(about))
+        now = time.monotonic()
+        if batch is None or now >= self._stats_due:
+            self._stats_due = now + SAMPLE_SECONDS
+            told += _message("stats", {"kind": "stats", **view.stats()})
+        return told
+
     def _concerns(self, event: Event) -> bool:
         return self._job is None or event.job_id == self._job.id
 
@@ -135,7 +161,7 @@ class _Stream:
         """The state now. Its id is where the events that follow begin, so a reader that drops here resumes without
         loss."""
         if self._job is None:
-            data = self._service.snapshot()
+            data = self._service.snapshot() if self._view is None else self._view.snapshot()
         else:
             data = {"job": self._service.queue.get(self._job.id).model_dump(mode="json")}
         return f"id: {self._events.epoch}-{self._after}\n".encode() + _message("snapshot", data)
@@ -157,18 +183,15 @@ def _open(request: Request, service: Service) -> _Stream | None:
     """The stream that was asked for; None when its reader has seen the end already. Raises EnvdError."""
     if request.scope["http_version"] not in ("1.0", "1.1"):
         raise HttpVersionUnsupported("Event streams are served over HTTP/1.1 only.", hint="Let your proxy speak 1.1.")
-    service.refuse_when_draining()
-    if service.streams >= service.settings.max_streams:
-        raise TooManyWatchers(
-            f"{service.streams} event streams are open, the limit is ENVD_MAX_STREAMS.", retry_after=10
-        )
+    refuse_another(service)
     asked = request.headers.get("last-event-id") or request.query_params.get("last_event_id")
     after = service.events.sequence_of(asked)
     job_id = request.path_params.get("job")
     job = service.queue.get(job_id) if job_id is not None else None
     if job is not None and job.state.terminal and _has_seen_end(service.events, job, after):
         return None
-    return _Stream(service, job, after, asked is not None)
+    viewed = job is None and request.query_params.get("stats") == "1"
+    return _Stream(service, job, after, asked is not None, View(service) if viewed else None)
 
 
 def _has_seen_end(events: EventLog, job: Job, after: int | None) -> bool:
@@ -178,8 +201,15 @@ def _has_seen_end(events: EventLog, job: Job, after: int | None) -> bool:
     return after >= next(ends, 0)
 
 
-@asynccontextmanager
-async def _counted(service: Service) -> AsyncIterator[None]:
+def refuse_another(service: Service) -> None:
+    """Raises Draining, and TooManyWatchers where as many streams are open as may be."""
+    service.refuse_when_draining()
+    if service.streams >= service.settings.max_streams:
+        raise TooManyWatchers(f"{service.streams} streams are open, the limit is ENVD_MAX_STREAMS.", retry_after=10)
+
+
+@contextmanager
+def counted(service: Service) -> Iterator[None]:
     service.streams += 1
     try:
         yield

@@ -17,8 +17,10 @@ from ..calls import Sent
 from ..errors import InvalidRequest
 from ..models import DrainRequest, Job, JobState, LinkRequest, ResetRequest, StepRequest, Verdict
 from ..settings import effective
+from ..telemetry.about import note
 from .bodies import (
     LONGEST_POLL,
+    about,
     env_of,
     hold,
     number_in_query,
@@ -30,15 +32,18 @@ from .bodies import (
     wait_preferred,
 )
 from .gate import caller_of, needed_scope
+from .recorded import picture_response, width_asked
 from .sse import EventStream
 
 
 def job_json(job: Job, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    about(job)
     body = job.model_dump(mode="json") | {"links": job.links}
     return JSONResponse(body, status, {"ETag": f'"{job.version}"', "Cache-Control": "no-store", **(headers or {})})
 
 
 def verdict_json(verdict: Verdict) -> Response:
+    note(env=verdict.env, episode_id=verdict.episode_id)
     return JSONResponse(verdict.model_dump(mode="json") | {"links": verdict.links})
 
 
@@ -136,7 +141,9 @@ async def envs(request: Request) -> Response:
 
 async def env(request: Request) -> Response:
     """One env with its desktop and episode."""
-    return JSONResponse(service_of(request).env(env_of(request)).model_dump(mode="json"))
+    service, number = service_of(request), env_of(request)
+    service.about(number)
+    return JSONResponse(service.env(number).model_dump(mode="json"))
 
 
 async def step(request: Request) -> Response:
@@ -150,15 +157,19 @@ async def step(request: Request) -> Response:
 
 
 async def screenshot(request: Request) -> Response:
-    """The screen as it is now."""
-    picture = await service_of(request).envs.screenshot(env_of(request))
-    kind = "image/png" if picture.startswith(b"\x89PNG") else "image/jpeg"
-    return Response(picture, media_type=kind, headers={"Cache-Control": "no-store"})
+    """The screen as it is now; with `width`, as a JPEG of at most so many pixels across."""
+    width = width_asked(request)
+    service, number = service_of(request), env_of(request)
+    service.about(number)
+    picture = await service.envs.screenshot(number)
+    return await picture_response(picture, width, "no-store")
 
 
 async def history(request: Request) -> Response:
     """The messages of the current episode, as models are shown them."""
-    dialogue = service_of(request).envs.dialogue(env_of(request))
+    service, number = service_of(request), env_of(request)
+    service.about(number)
+    dialogue = service.envs.dialogue(number)
     messages = dialogue.wire_json() if dialogue else b"[]"
     return Response(b'{"history_messages": ' + messages + b"}", media_type="application/json")
 
@@ -216,12 +227,17 @@ async def link(request: Request) -> Response:
 
 
 async def readyz(request: Request) -> Response:
-    """Whether a reset can be served now, and if not why."""
-    service = service_of(request)
-    reasons = service.not_ready()
-    insecure = ["ENVD_INSECURE: whoever reaches this address can use the desktops"] if service.settings.insecure else []
-    said = {"ready": not reasons, "reasons": reasons, "warnings": insecure}
-    return JSONResponse(said, 503 if reasons else 200)
+    """Whether a reset can be served now, and if not why; with what makes it doubtful, such as boots that failed."""
+    said = service_of(request).readiness()
+    return JSONResponse(said, 200 if said["ready"] else 503)
+
+
+async def whoami(request: Request) -> Response:
+    """Who the caller is taken for, and what it may: its name, its scope (read, play, admin), how it was known (token,
+    link, cookie, network, open), and until when (Unix seconds; null for ever)."""
+    caller = caller_of(request.scope)
+    said = {"name": caller.name, "scope": caller.scope.name.lower(), "how": caller.how, "until": caller.until}
+    return JSONResponse(said, headers={"Cache-Control": "no-store"})
 
 
 async def version(request: Request) -> Response:
@@ -260,6 +276,7 @@ routes = [
     Route("/v1/prewarm", prewarm, methods=["POST"]),
     Route("/v1/drain", drain, methods=["GET", "POST"]),
     Route("/livez", livez),
+    Route("/v1/whoami", whoami),
     Route("/v1/links", link, methods=["POST"]),
     Route("/readyz", readyz),
     Route("/version", version),

@@ -76,6 +76,34 @@ def init(
 
 
 @app.command()
+def doctor(
+    url: Annotated[
+        str | None, typer.Option("--url", help="Look from here at the server there, as a trainer's node would.")
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="And have a desktop, of an env that is free: reset, picture, step.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Say what is in the way of desktops, and the command that puts it right.
+
+    Without --url this host is looked at, whether or not a daemon runs. With --full alone the server is ENVD_URL.
+
+    \b
+    Examples:
+      envd doctor
+      envd doctor --url http://HOST:15001
+      envd doctor --url http://HOST:15001 --full
+      envd doctor --json | jq '.findings[] | select(.verdict == "failed")'
+
+    Exit codes: 0 nothing failed, 1 something did.
+    """
+    from .doctor import doctor as look
+
+    raise SystemExit(talk(look(url, full=full, as_json=as_json)))
+
+
+@app.command()
 def demo(
     url: Url = None,
     own: Annotated[bool, typer.Option("--own", help="On a daemon of its own, also where one runs.")] = False,
@@ -204,6 +232,38 @@ def ls(
         raise typer.BadParameter("give one of --jobs, --episodes and --leases")
     look = lists.jobs if jobs else lists.episodes if episodes else lists.leases if leases else lists.envs
     ask(url, lambda client: look(client, as_json=as_json))
+
+
+@app.command()
+def logs(
+    env: Annotated[int | None, typer.Option(help="Lines about this env.")] = None,
+    job: Annotated[str | None, typer.Option(help="Lines about this job.")] = None,
+    episode: Annotated[str | None, typer.Option(help="Lines about this episode.")] = None,
+    level: Annotated[str | None, typer.Option(help="debug, info, warning or error: no line below it.")] = None,
+    since: Annotated[str | None, typer.Option(help="No line older than that: 30s, 10m, 2h, 1d.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="The newest so many; default 200.")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with the lines that come.")] = False,
+    as_json: Json = False,
+    url: Url = None,
+) -> None:
+    """Show the daemon's log: its last lines, and with --follow those that come.
+
+    A restart of the daemon is survived.
+
+    \b
+    Examples:
+      envd logs --env 0 --follow
+      envd logs --level warning --since 1h
+      envd logs --job job-0123456789ab --json | jq .event
+
+    Exit codes: 0 it was told, 1 the server was not reached or refused.
+    """
+    from ..client.logs import Which
+    from .logs import logs as show
+    from .logs import moment
+
+    which = Which(env=env, job=job, episode=episode, level=level, since=moment(since), limit=limit)
+    ask(url, lambda client: show(client, which, follow=follow, as_json=as_json))
 
 
 @app.command()

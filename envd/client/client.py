@@ -27,6 +27,8 @@ from .answers import Answer
 from .follow import follow, parsed_job
 from .handle import EnvHandle
 from .lease import TTL, held, under
+from .logs import PATH, Which, lines_of, query
+from .logs import follow as follow_logs
 from .saving import Into
 from .transport import Deadline, OnRetry, Resend, Transport
 
@@ -301,6 +303,18 @@ class Client:
 
     async def version(self, *, timeout: float | None = None) -> dict[str, Any]:
         return (await self._get("/version", timeout)).object()
+
+    async def logs(self, *, timeout: float | None = None, **which: Unpack[Which]) -> list[dict[str, Any]]:
+        """The last lines of the server's log, oldest first: each has `event`, `level`, `timestamp` and what it is
+        about."""
+        return lines_of(await self._get(PATH, timeout, params=query(which)))
+
+    def follow_logs(
+        self, *, patience: float | None = None, on_retry: OnRetry | None = None, **which: Unpack[Which]
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """As `logs`, and then the lines that come, without end. Outlives dropped connections and restarts of the
+        daemon; `on_retry` is told of them. Who leaves the loop early should do so inside `contextlib.aclosing`."""
+        return follow_logs(self.http, query(which), patience=patience, on_retry=on_retry)
 
     async def leases(self, *, timeout: float | None = None) -> list[Lease]:
         """Those that are held, and those that wait. The ids of others' are cut short."""
