@@ -6,7 +6,7 @@ import { counting, score, shortDesktop } from "./format.js";
 import { Phases, Probes } from "./phases.js";
 import { Live } from "./pictures.js";
 
-const WIDTH = 480; // px of a picture on a card
+const WIDTHS = [480, 960, 1440]; // px of a picture on a card, by how large that is
 
 const STATES = {
   playing: ["playing", "good"],
@@ -112,7 +112,7 @@ class Card {
     this.#store = store;
     this.#env = env;
     this.#watch = watch;
-    this.#live = new Live(this.#image, `/v1/envs/${id}/screenshot?width=${WIDTH}`, (words) => this.#explain(words));
+    this.#live = new Live(this.#image, () => `/v1/envs/${id}/screenshot?width=${this.#width}`, (words) => this.#explain(words));
     this.#vnc = outward(`/v1/envs/${id}/vnc/`, "Screen", { label: `The live screen of env ${id}, in a new tab` });
     this.#bundle = outward("", "Bundle", { download: true, label: `Download what the episode of env ${id} left` });
     for (const link of [this.#vnc, this.#bundle]) link.addEventListener("click", (event) => isAllowed(link) || block(event), true);
@@ -155,6 +155,11 @@ class Card {
   gone() {
     this.#watch.unobserve(this.node);
     this.#live.end();
+  }
+
+  get #width() {
+    const shown = this.#image.clientWidth * devicePixelRatio;
+    return WIDTHS.find((width) => width >= shown) ?? WIDTHS.at(-1);
   }
 
   get #job() {
