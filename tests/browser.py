@@ -144,6 +144,8 @@ class Page:
         self.troubles: list[str] = []
         self.requests: list[str] = []
         """Addresses that it asked for."""
+        self.headers: list[dict[str, str]] = []
+        """Sent with each of them, their names in lower case."""
         self.refused: list[str] = []
         """Those that did not answer well, of which Chromium itself tells: a page may mean to ask and find out."""
 
@@ -159,6 +161,7 @@ class Page:
             self.troubles.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
         elif method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
+            self.headers.append({name.lower(): value for name, value in params["request"]["headers"].items()})
 
     async def command(self, method: str, **params: Any) -> dict[str, Any]:
         return await self._browser.command(method, self._session, **params)
