@@ -133,6 +133,7 @@ async def test_a_reset_that_failed_says_why_in_its_place(browser: Browser) -> No
         async with looking(browser, served.url) as page:
             job = await served.reset()
             assert job["state"] == "failed"
+            await page.until(f"{card(0, '.pill')}.textContent === 'reset failed'")
             await page.until(f"{card(0, '.screen-why')}.textContent.includes({job['error']['code']!r})")
             await page.until(f"{card(0, '.screen-why')}.textContent.includes({job['error']['detail']!r})")
         async with looking(browser, served.url) as page:  # also for who looks later
