@@ -472,7 +472,8 @@ class InfraError(EnvdError):
 
 
 class BootFailed(InfraError):
-    """Facts: phase, phases (name → seconds), probes (name → last result), log (last lines of the instance)."""
+    """Facts: phase, phases (name → seconds), probes (name → last result), notes (what was done and found on the way),
+    log (last lines of the instance)."""
 
     code = "boot_failed"
     title = "The desktop could not be booted"

@@ -383,8 +383,20 @@ class Service:
     def readiness(self) -> dict[str, Any]:
         """What `/readyz` says."""
         reasons = self.not_ready()
-        insecure = ["ENVD_INSECURE: whoever reaches this address can use the desktops"]
-        return {"ready": not reasons, "reasons": reasons, "warnings": insecure if self.settings.insecure else []}
+        return {"ready": not reasons, "reasons": reasons, "warnings": self.doubts()}
+
+    def doubts(self) -> list[str]:
+        """What may keep a reset from succeeding although it can be served."""
+        doubts = []
+        if self.settings.insecure:
+            doubts.append("ENVD_INSECURE: whoever reaches this address can use the desktops")
+        if failed := self.fleet.failed_boots:
+            at, code = failed[-1]
+            count = "boot" if len(failed) == 1 else f"{len(failed)} boots"
+            doubts.append(
+                f"the last {count} failed, {time.time() - at:.0f} s ago with {code}; /v1/jobs?state=failed tells why"
+            )
+        return doubts
 
     def refuse_when_draining(self) -> None:
         if self.draining.is_set():

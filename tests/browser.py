@@ -177,7 +177,8 @@ class Page:
         )
 
     async def until(self, expression: str, seconds: float = PATIENCE) -> Any:
-        """Its value as soon as that is true, and it does not throw; fails with what the page shows."""
+        """Its value as soon as that is true, and it does not throw; fails with what the page shows. An element is no
+        value: ask for `!!element`."""
         end = asyncio.get_running_loop().time() + seconds
         while not (value := (told := await self._evaluated(expression))["result"].get("value")) or (
             "exceptionDetails" in told
@@ -205,8 +206,11 @@ class Page:
             )
 
     async def press(self, key: str, code: int) -> None:
-        for kind in ("rawKeyDown", "keyUp"):
-            await self.command("Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code)
+        text = {"text": "\r"} if key == "Enter" else {}
+        for kind in ("keyDown" if text else "rawKeyDown", "keyUp"):
+            await self.command(
+                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text
+            )
 
     async def type(self, text: str) -> None:
         await self.command("Input.insertText", text=text)
@@ -223,9 +227,9 @@ class Page:
         ]
         await self.command("Emulation.setEmulatedMedia", features=features)
 
-    async def screenshot(self, file: Path, *, whole: bool = False) -> None:
-        """The page as a PNG; what is seen of it, or the `whole`."""
-        told = await self.command("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+    async def screenshot(self, file: Path) -> None:
+        """What is seen of the page, as a PNG."""
+        told = await self.command("Page.captureScreenshot", format="png")
         await asyncio.to_thread(file.write_bytes, base64.b64decode(told["data"]))
 
     async def accessible(self) -> list[dict[str, Any]]:

@@ -31,7 +31,10 @@ WATCH_SHIFTS = """
 window.shifts = [];
 new PerformanceObserver((list) => {
     for (const entry of list.getEntries()) {
-        if (!entry.hadRecentInput) window.shifts.push([entry.value, entry.sources.map((one) => one.node?.className)]);
+        if (entry.hadRecentInput) continue;
+        const told = ({node, previousRect: from, currentRect: to}) =>
+            [node?.parentElement?.className, node?.className, from.x, from.y, 'to', to.x, to.y].join(' ');
+        window.shifts.push([entry.value, entry.sources.map(told)]);
     }
 }).observe({type: 'layout-shift', buffered: true});
 """
@@ -55,7 +58,7 @@ async def looking(browser: Browser, url: str, width: int = 1280, height: int = 9
         assert page.troubles == []
 
 
-def card(env: int, part: str = "") -> str:
+def card(env: int | str, part: str = "") -> str:
     return f"document.querySelectorAll('.card')[{env}]{f'.querySelector({part!r})' if part else ''}"
 
 
@@ -123,6 +126,17 @@ async def test_a_failure_is_never_shown_as_a_number(browser: Browser) -> None:
         assert shown == f"no score: {verdict['code']}"
         await page.until(has("#episodes .verdict-why", "fault: infra"))
         await page.until(has("#failures .fault", verdict["code"]))
+
+
+async def test_a_reset_that_failed_says_why_in_its_place(browser: Browser) -> None:
+    async with serving(Behaviour(dies_after_s=0.1, dies_when="booting"), envs=1) as served:
+        async with looking(browser, served.url) as page:
+            job = await served.reset()
+            assert job["state"] == "failed"
+            await page.until(f"{card(0, '.screen-why')}.textContent.includes({job['error']['code']!r})")
+            await page.until(f"{card(0, '.screen-why')}.textContent.includes({job['error']['detail']!r})")
+        async with looking(browser, served.url) as page:  # also for who looks later
+            await page.until(f"{card(0, '.screen-why')}.textContent.includes({job['error']['code']!r})")
 
 
 async def test_a_picture_that_cannot_be_had_says_why(browser: Browser) -> None:
@@ -267,7 +281,7 @@ async def test_who_may_only_look_is_offered_nothing_else(browser: Browser, tmp_p
         await page.until("document.querySelector('#token-dialog').open")
         await page.type(READER)
         await page.press("Enter", 13)
-        await page.until(f"{SHOWN} && {LIVE} && document.querySelector('.boot button')")
+        await page.until(f"{SHOWN} && {LIVE} && !!document.querySelector('.boot button')")
         assert await page.evaluate("document.querySelector('#drain').hidden")
         assert await page.evaluate("document.querySelector('.boot button').title") == "This needs the scope play."
         await page.click(".boot button")
@@ -417,11 +431,10 @@ async def test_text_has_contrast_controls_have_names_and_pictures_are_left_behin
                 name = f"{width}-{'dark' if dark else 'light'}"
                 async with looking(browser, served.url, width, height, dark=dark) as page:
                     await page.theme(dark=dark, still=True)
-                    await page.until(
-                        "document.querySelectorAll('.queue-row').length > 0 && document.querySelector('.boot')"
-                    )
-                    await page.until(f"{card(0, 'img')}.naturalWidth > 0" if width > 400 else "true")
-                    await page.screenshot(artefacts() / f"dashboard-{name}.png", whole=True)
+                    await page.until("document.querySelectorAll('.queue-row, .boot').length > 1")
+                    await page.resize(width, await page.evaluate("document.documentElement.scrollHeight"))
+                    await page.until("[0, 1, 2].every((env) => " + card("env", "img") + ".naturalWidth > 0)")
+                    await page.screenshot(artefacts() / f"dashboard-{name}.png")
                     contrasts = await page.evaluate(CONTRASTS)
                     assert len(contrasts) > 100
                     assert contrasts[0][0] >= 4.5, (name, contrasts[:5])
@@ -499,17 +512,15 @@ async def test_nothing_moves_when_something_happens(browser: Browser, width: int
         shifts = await page.evaluate("window.shifts")
         moved = sum(value for value, _ in shifts)
         FIGURES.append(f"dashboard: layout moved {moved:.4f} in all at {width} px")
-        assert moved < 0.02, shifts
+        assert moved < 0.02, sorted(shifts, reverse=True)[:10]
 
 
-async def test_sixty_four_envs_and_a_queue_of_a_thousand_stay_fluid(browser: Browser) -> None:
-    async with serving(Behaviour(boot_s=90), envs=64, request_rate=0) as served:
-        for env in range(64):
-            await served.post(f"/v1/envs/{env}/reset", {"task": TASK})
-        for _ in range(1000 - 63):
-            await served.service.prewarm()
+async def test_a_thousand_envs_and_as_long_a_queue_stay_fluid(browser: Browser) -> None:
+    async with serving(Behaviour(boot_s=90), envs=1001, request_rate=0) as served:
+        for env in range(1001):
+            await served.service.reset(env, TASK)
         async with looking(browser, served.url) as page:
-            await page.until("document.querySelectorAll('.card').length === 64")
+            await page.until("document.querySelectorAll('.card').length === 1001")
             await page.until("document.querySelector('#queue-count').textContent.startsWith('1000 of')")
             assert await page.evaluate("document.querySelectorAll('.queue-row').length") < 40
             await page.evaluate(
@@ -524,6 +535,6 @@ async def test_sixty_four_envs_and_a_queue_of_a_thousand_stay_fluid(browser: Bro
             await page.evaluate("new Promise((resolve) => requestAnimationFrame(() => setTimeout(resolve, 200)))")
             longest = max(await page.evaluate("window.long"), default=0)
             FIGURES.append(
-                f"dashboard: 64 envs, 1,000 jobs that all move up: the page was busy for {longest:.0f} ms at most"
+                f"dashboard: 1,001 envs, 1,000 jobs that all move up: the page was busy for {longest:.0f} ms"
             )
             assert longest < 600

@@ -515,6 +515,13 @@ async def test_an_image_that_is_not_here_is_told_with_the_command_that_gets_it(t
     assert (found["image"].verdict, found["image"].fix) == ("failed", "envd images pull example.invalid/no:such")
 
 
+@pytest.mark.docker
+async def test_an_image_that_the_start_pulls_is_no_failure(tmp_path: Path) -> None:
+    chosen = settings(tmp_path, provider="docker", docker_image="example.invalid/no:such", pull="missing")
+    found = {one.what: one for one in await desktops.docker(Here(chosen, None, ""))}
+    assert (found["image"].verdict, "the next start pulls it" in found["image"].detail) == ("warning", True)
+
+
 async def test_without_qemu_its_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     disk = tmp_path / "disk.qcow2"
@@ -633,6 +640,12 @@ def test_what_binds_is_what_runs_out_first(tmp_path: Path, available: float, dis
     found = capacity_of(settings(tmp_path), Need(GIB, "measured", disk=2 * GIB), memory, disk_free * GIB)
     assert found.verdict == "ok"
     assert found.detail.startswith(words)
+
+
+def test_a_disk_that_is_not_seen_binds_nothing(tmp_path: Path) -> None:
+    memory = Memory(limit=16 * GIB, available=int(10.5 * GIB))
+    found = capacity_of(settings(tmp_path), Need(GIB, "measured", disk=2 * GIB), memory, None)
+    assert found.detail.startswith("room for 10 more, memory binds")
 
 
 def test_the_first_of_a_template_takes_more(tmp_path: Path) -> None:

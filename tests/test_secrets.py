@@ -49,7 +49,16 @@ Envs.screenshot = screenshot
 Step = tuple[str, dict[str, Any]]
 READ = (
     *("/version", "/docs", "/errors", "/openapi.json", "/readyz", "/livez", "/health", "/v1/envs", "/v1/envs/0"),
-    *("/v1/envs/2/screenshot", "/v1/jobs", "/v1/queue", "/v1/episodes", "/v1/envs/0/history", "/env/history_messages"),
+    *(
+        "/metrics",
+        "/v1/logs?limit=5000",
+        "/v1/envs/2/screenshot",
+        "/v1/jobs",
+        "/v1/queue",
+        "/v1/episodes",
+        "/v1/envs/0/history",
+        "/env/history_messages",
+    ),
 )
 
 

@@ -227,7 +227,7 @@ async def link(request: Request) -> Response:
 
 
 async def readyz(request: Request) -> Response:
-    """Whether a reset can be served now, and if not why."""
+    """Whether a reset can be served now, and if not why; with what makes it doubtful, such as boots that failed."""
     said = service_of(request).readiness()
     return JSONResponse(said, 200 if said["ready"] else 503)
 

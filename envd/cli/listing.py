@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +17,18 @@ from .watch import clean
 
 def console() -> Console:
     return Console(markup=False, highlight=False, emoji=False)
+
+
+@contextmanager
+def busy(output: Console, words: str, *, quiet: bool = False) -> Iterator[None]:
+    """On a terminal, what is done just now and for how long, while the block runs. Nothing elsewhere."""
+    if quiet or not output.is_terminal:
+        yield
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=output, transient=True) as progress:
+        progress.add_task(clean(words), total=None)
+        yield
 
 
 def print_json(document: dict[str, Any]) -> None:

@@ -47,7 +47,7 @@ async def _answer(name: str) -> Response:
         "Content-Security-Policy": policy,
         "X-Content-Type-Options": "nosniff",
         "Referrer-Policy": "no-referrer",
-        "Cache-Control": "max-age=300",
+        "Cache-Control": "no-cache",
     }
     return HTMLResponse(html, headers=headers)
 

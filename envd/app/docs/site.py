@@ -29,6 +29,7 @@ def rendered(name: str) -> str:
         version=__version__,
         menu=_menu(page),
         contents=_contents(content.headings),
+        note=f'<p class="note">{escape(page.note)}</p>' if page.note else "",
         body=content.body,
         turning=_turning(page),
     )
@@ -101,6 +102,7 @@ _DOCUMENT = """<!doctype html>
 <main id="content" tabindex="-1">
 {contents}
 <article>
+{note}
 {body}
 </article>
 <nav class="turning" aria-label="Before and after">{turning}</nav>

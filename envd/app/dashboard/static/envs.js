@@ -192,7 +192,7 @@ class Card {
     const hasScreen = env.state === "playing" && desktop !== null;
     this.#live.want(hasScreen);
     setAttribute(this.#screen, "aria-label", `Screen of env ${env.id}: open the film of its episode`);
-    if (!hasScreen) this.#explain(env.state === "resetting" ? "" : (env.state === "lost" && env.detail) || "No desktop.");
+    if (!hasScreen) this.#explain(this.#absence(env));
     allow(this.#vnc, "play", desktop?.endpoints ? (desktop.endpoints.vnc ? "" : `Desktops of ${desktop.provider} have no VNC.`) : "There is no desktop.");
     allow(this.#film, "read", episode ? "" : "There is no episode.");
     allow(this.#bundle, "read", episode ? "" : "There is no episode.");
@@ -203,6 +203,14 @@ class Card {
     setAttribute(this.#act, "aria-label", job ? `Cancel the reset of env ${env.id}` : `Give env ${env.id} a clean desktop`);
     allow(this.#act, "play", job?.cancel_requested ? "It is being cancelled." : this.#store.stats?.draining && !job ? "The daemon takes no new work." : "");
     this.tick();
+  }
+
+  /** Why there is no screen: what the last reset failed with, where that is why. */
+  #absence({ id, state, detail }) {
+    if (state === "resetting") return "";
+    if (state === "lost") return detail;
+    const error = this.#store.ended.findLast((job) => job.env === id)?.error;
+    return error ? [`The last reset failed: ${error.code}.`, error.detail, error.hint].filter(Boolean).join(" ") : "No desktop.";
   }
 
   #taskOf({ episode, state, detail }) {
@@ -231,6 +239,7 @@ class Card {
 
   #explain(words) {
     setText(this.#why, words);
+    setAttribute(this.#screen, "title", words || null);
     setHidden(this.#why, !words);
   }
 }

@@ -3,7 +3,7 @@
 import { Problem, introduce, useToken } from "./api.js";
 import { Boots, Queue } from "./boots.js";
 import { Failures, HostCharts, Resets } from "./charts.js";
-import { drain } from "./commands.js";
+import { drain, outward } from "./commands.js";
 import { askForToken } from "./dialogs.js";
 import { byId, say, setText } from "./dom.js";
 import { Envs } from "./envs.js";
@@ -41,6 +41,7 @@ setInterval(() => {
 }, 1000);
 
 byId("drain").addEventListener("click", drain);
+byId("ways").append(outward("/docs", "API"), outward("/errors", "Error codes"), outward("/version", "Settings"));
 
 /** Return once the daemon knows who this is. */
 async function signIn() {

@@ -5,7 +5,7 @@ import { request } from "./api.js";
 
 const AT_ONCE = 3;
 const GAP_MS = 900; // between two pictures of one screen
-const GENTLY_MS = 10_000; // a screen also changes without a step
+const GENTLY_MS = 15_000; // a screen also changes without a step
 const waiting = [];
 let running = 0;
 
