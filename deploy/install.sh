@@ -217,7 +217,7 @@ make_release() {
   local extras=aws,docker,qemu
   if [ "$provider" = local ]; then extras=agent,$extras; fi
   local content
-  content=$( (echo "$extras" && "$python" -V && content_of envd pyproject.toml constraints.txt CHANGELOG.md README.md README.zh-CN.md) | sha256sum | cut -c1-12)
+  content=$( (echo "$extras" && "$python" -V && content_of envd pyproject.toml constraints.txt) | sha256sum | cut -c1-12)
   release=$prefix/releases/$content
   [ -e "$release/complete" ] && return
   say "installing envd from $project into $release (it takes a minute)"

@@ -106,7 +106,7 @@ async def test_an_update_replaces_it_and_keeps_what_is_yours(host: ServiceHost, 
 
     before, jobs = kept(), await _jobs(host, port)
     old = host.run("readlink /opt/envd/venv").strip()
-    copied = "envd deploy pyproject.toml constraints.txt README.md README.zh-CN.md CHANGELOG.md LICENSE"
+    copied = "envd deploy pyproject.toml constraints.txt README.md LICENSE"
     host.run(f"mkdir -p /root/newer && cd /src && cp -r {copied} /root/newer")
     host.run("sed -i 's/^__version__ = .*/__version__ = \"9.9\"/' /root/newer/envd/__init__.py")
     host.run("sed -i 's/^version = .*/version = \"9.9\"/' /root/newer/pyproject.toml")
