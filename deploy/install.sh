@@ -225,15 +225,9 @@ make_release() {
   rm -rf "$release"
   install -d -m 755 "$prefix" "$prefix/releases"
   quietly "No virtual environment could be made." "$python" -m venv "$release"
-  # A copy, so that nothing is written into the checkout by root.
-  local copy
-  copy=$(mktemp -d)
-  trap 'rm -rf "$copy"' EXIT
-  (cd "$project" && cp -r envd pyproject.toml constraints.txt README.md LICENSE "$copy")
+  # Nothing is written into the checkout for that, which may be somebody else's.
   quietly "The Python packages could not be installed." "$release/bin/python" -m pip install \
-    --disable-pip-version-check --constraint "$copy/constraints.txt" "$copy[$extras]"
-  rm -rf "$copy"
-  trap - EXIT
+    --disable-pip-version-check --constraint "$project/constraints.txt" "$project[$extras]"
   "$release/bin/envd" version >/dev/null || fail "$release/bin/envd does not run."
   touch "$release/complete"
 }

@@ -173,13 +173,23 @@ def _set_up_tunnel(host: ServiceHost, port: int, cluster: Node) -> None:
     host.run("chmod 600 /etc/envd/tunnel-key")
 
 
+async def test_another_provider_is_had_by_the_settings_file_and_a_second_run(host: ServiceHost, port: int) -> None:
+    """local: its packages are installed, and the unit lets its sandboxes be."""
+    host.run("sed -i 's/^PROVIDER=.*/PROVIDER=local/' /etc/envd/envd.env")
+    said = host.run(INSTALL, timeout=550)
+    assert "writing /etc/systemd/system/envd.service.d/provider.conf" in said
+    assert "envd runs, and is ready" in said
+    async with session(host) as http:
+        await plays(http, f"http://127.0.0.1:{port}")
+
+
 def ours(host: ServiceHost, owner: str) -> list[str]:
     """The containers of its daemon."""
     return host.run(f"docker ps --all --quiet --filter label=io.envd.daemon={owner}").split()
 
 
-async def test_another_provider_is_had_by_the_settings_file_and_a_second_run(host: ServiceHost, port: int) -> None:
-    """docker, through the engine of the host that this one is on."""
+async def test_docker_desktops_outlive_a_restart_of_the_service(host: ServiceHost, port: int) -> None:
+    """Through the engine of the host that this one is on."""
     host.run(f"getent group docker || groupadd --gid $(stat -c %g {SOCKET}) docker")
     host.run("sed -i 's/^PROVIDER=.*/PROVIDER=docker/' /etc/envd/envd.env")
     host.run("echo ENVD_DOCKER_IMAGE=envd/desktop >>/etc/envd/envd.env")

@@ -5,14 +5,14 @@ A comment behind each block tells how it is run:
     run: trainer          by a shell of this machine, against a daemon with sim desktops
     run: host             by root, where the installer has made a service of it (a container with systemd)
     run: nowhere          with an address that nobody has
-    run: sets             it sets what the others need, which the tests set themselves
+    run: first            before each of the others, in the same shell
     for: SECONDS          it goes on until it is stopped; else it has to end well
     fails                 it has to fail
     shows: WORDS          what it prints has these words
     playing; after: …     what is the case before: an episode; a crash, a reset, a change
     not run: REASON       and the line behind it tells the reader so
 
-In the blocks HOST is this host, and 15001 the port that the daemon has here.
+In the blocks HOST is this host, 15001 the port that the daemon has here, and … a token.
 """
 
 from __future__ import annotations
@@ -64,10 +64,10 @@ class Block:
     def where(self) -> str:
         return self.facts.get("run", "")
 
-    def script(self, url: str) -> str:
+    def script(self, url: str, token: str) -> str:
         address, _, port = url.removeprefix("http://").rpartition(":")
-        text = self.text.replace("HOST", address).replace("15001", port)
-        return f"set -euo pipefail; export ENVD_URL={url}\n{text}"
+        text = "\n".join(block.text for block in BLOCKS if block.where == "first") + "\n" + self.text
+        return "set -euo pipefail\n" + text.replace("HOST", address).replace("15001", port).replace("…", token)
 
 
 def blocks() -> list[Block]:
@@ -97,7 +97,7 @@ def test_every_block_is_run_or_says_why_not(block: Block) -> None:
         assert len(block.told) > len("not run: ")
         assert re.match(r"\*\(Not run .*by our tests", block.behind), "a reader is not told"
     else:
-        assert block.where in ("trainer", "host", "nowhere", "sets"), f"nothing says how it is run: {block.text}"
+        assert block.where in ("trainer", "host", "nowhere", "first"), f"nothing says how it is run: {block.text}"
         assert set(block.facts) <= {"run", "for", "fails", "shows", "playing", "after"}
 
 
@@ -119,9 +119,9 @@ async def ran(block: Block, url: str, folder: Path) -> None:
     """By a shell, with what the comment behind it promises."""
     mine = {name: value for name, value in os.environ.items() if not name.startswith("ENVD_")}
     process = await asyncio.create_subprocess_exec(
-        *("bash", "-c", block.script(url)),
+        *("bash", "-c", block.script(url, TOKEN)),
         cwd=folder,
-        env=mine | {"PATH": f"{folder}/bin:{os.environ['PATH']}", "ENVD_TOKEN": TOKEN},
+        env=mine | {"PATH": f"{folder}/bin:{os.environ['PATH']}"},
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
@@ -217,8 +217,8 @@ async def test_it_can_be_run_on_the_host(block: Block, host: tuple[ServiceHost, 
         if before == "crash":
             made.run("kill -KILL $(systemctl show -p MainPID --value envd)")
             await _again(made, url)
-    token = "ENVD_TOKEN=$(sed -n 's/^admin admin //p' /etc/envd/tokens)"
-    script = f"cd /src; export {token}; {block.script(url)}"
+    token = "$(sed -n 's/^admin admin //p' /etc/envd/tokens)"
+    script = f"cd /src; {block.script(url, token)}"
     if seconds := block.facts.get("for"):
         said = docker("exec", made.name, "timeout", seconds, "bash", "-c", script, check=False)
     else:
