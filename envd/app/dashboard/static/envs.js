@@ -26,6 +26,14 @@ function stateOf(env, failure) {
 }
 
 /** A score as a number; whatever went wrong as words. */
+// The score of an earlier episode must not look like one of the episode that is played.
+function verdictFor(env, latest) {
+  const verdict = verdictWords(latest);
+  if (!latest || latest.episode_id === env.episode?.id) return verdict;
+  const words = env.episode ? `none yet; before: ${verdict.words}` : `before: ${verdict.words}`;
+  return { words, tone: "idle", why: verdict.why };
+}
+
 export function verdictWords(verdict) {
   if (!verdict) return { words: "none yet", tone: "idle", why: "" };
   if (verdict.score !== null) {
@@ -197,7 +205,7 @@ class Card {
 
     setText(this.#desktop, desktop ? `${shortDesktop(desktop.id)}${episode ? ` · ${episode.reset_path}` : ""}` : "none");
     setAttribute(this.#desktop, "title", desktop?.id);
-    const verdict = verdictWords(this.#store.verdictOf.get(env.id));
+    const verdict = verdictFor(env, this.#store.verdictOf.get(env.id));
     setText(this.#verdict, verdict.words);
     setAttribute(this.#verdict, "data-tone", verdict.tone);
     setAttribute(this.#verdict, "title", verdict.why);
