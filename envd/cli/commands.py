@@ -85,7 +85,7 @@ def doctor(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what is in the way of desktops, and the command that puts it right.
+    """Say what is in the way of desktops, and what puts it right.
 
     Without --url this host is looked at, whether or not a daemon runs. With --full alone the server is ENVD_URL.
 
@@ -236,9 +236,13 @@ def ls(
 
 @app.command()
 def logs(
-    env: Annotated[int | None, typer.Option(help="Lines about this env.")] = None,
-    job: Annotated[str | None, typer.Option(help="Lines about this job.")] = None,
-    episode: Annotated[str | None, typer.Option(help="Lines about this episode.")] = None,
+    env: Annotated[
+        int | None, typer.Option(help="Lines about this env.", autocompletion=completion.env_numbers)
+    ] = None,
+    job: Annotated[str | None, typer.Option(help="Lines about this job.", autocompletion=completion.jobs)] = None,
+    episode: Annotated[
+        str | None, typer.Option(help="Lines about this episode.", autocompletion=completion.episodes)
+    ] = None,
     level: Annotated[str | None, typer.Option(help="debug, info, warning or error: no line below it.")] = None,
     since: Annotated[str | None, typer.Option(help="No line older than that: 30s, 10m, 2h, 1d.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The newest so many; default 200.")] = None,
@@ -246,9 +250,9 @@ def logs(
     as_json: Json = False,
     url: Url = None,
 ) -> None:
-    """Show the daemon's log: its last lines, and with --follow those that come.
+    """Show the daemon's log, of all or of one env, job or episode.
 
-    A restart of the daemon is survived.
+    Its last lines, and with --follow those that come. A restart of the daemon is survived.
 
     \b
     Examples:
