@@ -239,6 +239,15 @@ async def test_what_the_stream_tells_beside_the_events_is_not_in_their_log() -> 
         assert {event.kind for event in served.service.events.recent()} <= {"state", "desktop", "note"}
 
 
+async def test_events_of_an_env_that_is_no_more_are_told_of_and_no_env_is() -> None:
+    async with serving(envs=1) as served:
+        served.service.events.publish("note", env=7, message="an earlier life had eight")
+        async with served.stream(f"/v1/events?stats=1&last_event_id={served.service.events.epoch}-0") as reader:
+            told = await reader.until(lambda message: message.event == "stats")
+        assert [json.loads(message.data)["env"] for message in told if message.event == "note"] == [7]
+        assert [message for message in told if message.event == "env"] == []
+
+
 async def test_other_streams_are_as_they_were() -> None:
     async with serving() as served:
         for path in ("/v1/events", "/v1/events?stats=0"):
