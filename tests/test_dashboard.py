@@ -182,6 +182,26 @@ async def test_a_screen_is_had_small() -> None:
         assert Image.open(io.BytesIO(large)).size == (1920, 1080)
 
 
+async def test_who_looks_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    async with serving() as served:
+        await served.reset()
+        for path in ("/dashboard/main.js", "/v1/envs/0/screenshot?width=480", "/v1/envs/7/screenshot?width=480"):
+            await served.ask("GET", path)
+        await served.ask("GET", "/v1/envs/0/screenshot")
+    asked = [
+        (record.levelname, record.__dict__["path"])
+        for record in caplog.records
+        if record.getMessage() == "request" and record.__dict__.get("method") == "GET"
+    ]
+    assert asked[-4:] == [
+        ("DEBUG", "/dashboard/main.js"),
+        ("DEBUG", "/v1/envs/0/screenshot"),
+        ("INFO", "/v1/envs/7/screenshot"),
+        ("INFO", "/v1/envs/0/screenshot"),
+    ]
+
+
 def test_no_picture_is_made_larger_and_what_is_none_is_refused() -> None:
     written = io.BytesIO()
     Image.new("RGB", (100, 40), "red").save(written, "JPEG")

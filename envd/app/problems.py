@@ -25,6 +25,8 @@ from ..errors import EnvdError, InternalError, MethodNotAllowed, NotFound, Reque
 logger = structlog.get_logger(__name__)
 
 QUIET_PATHS = frozenset({"/livez", "/readyz", "/health"})
+LOOKED_AT = re.compile(r"/dashboard/|/v1/envs/[^/]*/screenshot$|/v1/episodes/[^/]*/frames/")
+"""What the dashboard asks for again and again while somebody looks: small pictures, and parts of itself."""
 
 ONE_CALL_EACH = ("/env/", "/health")
 """Clients of these routes connect anew for each call. That they have left hypercorn 0.18 notices
@@ -113,8 +115,15 @@ class Boundary:
                 )
                 await problem_response(mistake, scope["path"])(scope, body.receive, send_with_id)
             finally:
-                write = logger.debug if scope["path"] in QUIET_PATHS else logger.info
+                write = logger.debug if _is_routine(scope, status) else logger.info
                 write("request", **facts, status=status, seconds=round(time.monotonic() - began, 4))
+
+
+def _is_routine(scope: Scope, status: int | None) -> bool:
+    """Whether a request is nobody's business unless something is looked for."""
+    path: str = scope["path"]
+    looks = path.startswith("/dashboard/") or b"width=" in scope["query_string"]
+    return path in QUIET_PATHS or (looks and status in (200, 304) and LOOKED_AT.match(path) is not None)
 
 
 class _Body:
