@@ -5,6 +5,7 @@
 #   make images    container desktop, virtual machine and its disk, from Debian packages (PROVIDER=docker, PROVIDER=qemu)
 #   make install   virtual environment and packages only
 #   make check     format, lint, types (no tests)
+#   make docs      write the pages of /docs that follow from the code
 #   make bench     measure start-up, resets, steps, set-ups, evaluations and memory
 #   make bench-docker  measure containers, virtual machines, templates and clones, side by side
 #   make soak      clients play for minutes while clients, daemon, desktops and answers are lost; what came of it
@@ -20,7 +21,7 @@ EVALUATORS_STAMP := $(EVALUATORS)/.installed
 TESTS ?=
 SOAK ?=
 
-.PHONY: serve test install evaluators images check bench bench-docker soak soak-docker format system system-all engines
+.PHONY: serve test install evaluators images check docs bench bench-docker soak soak-docker format system system-all engines
 .DEFAULT_GOAL := serve
 
 serve: system install
@@ -40,6 +41,9 @@ check: install
 	$(BIN)/ruff format --check envd tests
 	$(BIN)/ruff check envd tests
 	$(BIN)/mypy
+
+docs: install
+	$(BIN)/python -m envd.app.docs
 
 bench: system install evaluators
 	$(BIN)/python tests/bench.py --evaluators $(EVALUATORS)/bin/python

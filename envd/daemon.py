@@ -19,11 +19,13 @@ import secrets
 import signal
 import socket
 import stat
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
+from urllib.parse import urlsplit
 
 import anyio
 import structlog
@@ -31,8 +33,11 @@ from hypercorn.asyncio import serve as hypercorn_serve
 from hypercorn.config import Config
 from hypercorn.typing import ASGIFramework
 
+from . import log
+from .access import Access, is_loopback
 from .app import create_app
 from .errors import AddressInUse, SettingsError, StateDirLocked
+from .network import Holder, holder_of, urls
 from .service import Service, open_service
 from .settings import Settings, effective
 from .systemd import Notifier
@@ -120,14 +125,16 @@ def _hear_signals(stop: asyncio.Event, at_once: anyio.Event) -> None:
 
 def _serve_http(service: Service, listener: socket.socket, closing: asyncio.Event) -> asyncio.Task[None]:
     settings = service.settings
-    url = url_of(listener, "https" if settings.tls_cert else "http")
+    host, port = listener.getsockname()[:2]
+    scheme = "https" if settings.tls_cert else "http"
+    url = url_of(listener, scheme)
     # The descriptor is hypercorn's from here on; it closes it first of all when it shuts down.
     config = hypercorn_config(f"fd://{listener.detach()}", settings)
     # Starlette and hypercorn each have their own types for one and the same ASGI.
     app = cast(ASGIFramework, create_app(service))
     serving = hypercorn_serve(app, config, shutdown_trigger=closing.wait)
     http = asyncio.create_task(serving, name="http server")
-    announce(service, url)
+    announce(service, url, urls(host, port, scheme))
     return http
 
 
@@ -188,20 +195,58 @@ def url_of(listener: socket.socket, scheme: str = "http") -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-def announce(service: Service, url: str) -> None:
-    """One line with where it listens, and each setting that is not the default."""
+def announce(service: Service, url: str, reached_at: Sequence[str]) -> None:
+    """One line with where it listens, every URL at which that is, and each setting that is not the default; and what
+    is missing for other hosts to come, where they cannot. On a terminal the URLs are told once more, to be read."""
     settings = service.settings
     chosen = {name: entry["value"] for name, entry in effective(settings).items() if entry["origin"] != "default"}
     logger.info(
         "envd is listening",
         url=url,
+        urls=list(reached_at),
+        dashboard=f"{reached_at[0]}/",
         provider=service.driver.name,
         envs=len(service.envs),
         state_dir=str(settings.state_dir),
         settings=chosen,
     )
+    closed = not reached_by_others(url)
+    if log.for_people(settings.log_format):
+        logger.info(welcome(reached_at, for_others(service.access) if closed else ""))
+    elif closed:
+        logger.info("only this host reaches the daemon", fix=for_others(service.access))
     if settings.insecure:
         logger.warning("ENVD_INSECURE: whoever reaches this address can use the desktops", url=url)
+
+
+def reached_by_others(url: str) -> bool:
+    """Whether what listens at `url` is reached from other hosts, as far as this one decides it."""
+    return not is_loopback(urlsplit(url).hostname or "")
+
+
+def for_others(access: Access) -> str:
+    """What a daemon on the loopback is to be started with for other hosts to reach it, as settings."""
+    told = access.tokens or access.allowed or access.open
+    return f"ENVD_HOST=0.0.0.0{'' if told else ' ENVD_TOKEN=$(openssl rand -hex 32)'}"
+
+
+def welcome(reached_at: Sequence[str], missing: str) -> str:
+    """What a person reads at the start. `missing` is what `for_others` says, where others cannot come."""
+    lines = ["envd is ready to be used:"]
+    lines += [f"    {url}/{'' if reached_by_others(url) else '   from this host'}" for url in reached_at]
+    lines.append("The dashboard is there in a browser, and trainers take the same URL.")
+    if missing:
+        lines.append(f"Only this host reaches it. For others start it with {missing}")
+    lines.append(f"When something is wrong: {command_here()} doctor")
+    return "\n".join(lines)
+
+
+def command_here() -> str:
+    """How a person in this folder calls the command that belongs to this interpreter."""
+    if os.environ.get("VIRTUAL_ENV") == sys.prefix or sys.prefix == sys.base_prefix:
+        return "envd"
+    within = sys.prefix.removeprefix(f"{os.getcwd()}/")
+    return f"{within}/bin/envd"
 
 
 @contextmanager
@@ -271,6 +316,28 @@ def allow_open_files(wanted: int) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
+def address_in_use(host: str, port: int, holder: Holder | None) -> AddressInUse:
+    """The error that names who listens there, as far as that is seen."""
+    another = "choose another port with ENVD_PORT or --port"
+    if holder is None or holder.pid is None:
+        return AddressInUse(
+            f"Something already listens on {host}:{port}.",
+            hint=f"`sudo ss -ltnp 'sport = :{port}'` says what; or {another}.",
+        )
+    facts: dict[str, Any] = {"pid": holder.pid, "command": holder.command, "is_envd": holder.is_envd}
+    if holder.is_envd:
+        return AddressInUse(
+            f"Another envd already listens on {host}:{port}: {holder}.",
+            hint=f"Use that one, or stop it (kill {holder.pid}), or {another}.",
+            **facts,
+        )
+    return AddressInUse(
+        f"Another program already listens on {host}:{port}: {holder}.",
+        hint=f"Stop it (kill {holder.pid}), or {another}.",
+        **facts,
+    )
+
+
 @contextmanager
 def bound(host: str, port: int) -> Iterator[socket.socket]:
     """A listening socket. Raises AddressInUse, or SettingsError for an address this machine does not have."""
@@ -295,10 +362,7 @@ def bound(host: str, port: int) -> Iterator[socket.socket]:
             raise SettingsError(f"No permission to listen on {host}:{port}.", hint="Use a port above 1023.") from error
         except OSError as error:
             if error.errno == errno.EADDRINUSE:
-                raise AddressInUse(
-                    f"Something already listens on {host}:{port}.",
-                    hint=f"`ss -ltnp 'sport = :{port}'` says what; or choose another port with ENVD_PORT or --port.",
-                ) from error
+                raise address_in_use(host, port, holder_of(port, str(address[0]))) from error
             raise SettingsError(f"Cannot listen on {host}:{port}: {error.strerror}.") from error
         listener.setblocking(False)
         yield listener

@@ -166,6 +166,11 @@ class Evaluations:
         judged = pending is not None and pending.done.is_set()
         return judged or (now.episode.done and play.task.evaluator is None)
 
+    @property
+    def running(self) -> int:
+        """How many episodes are being judged."""
+        return sum(1 for pending in self._pending.values() if not pending.done.is_set())
+
     async def idle(self) -> None:
         """Return when nothing is being judged."""
         for pending in tuple(self._pending.values()):
@@ -176,7 +181,8 @@ class Evaluations:
             verdict = await self._found(episode.id)
             found = verdict is not None
             if verdict is None:
-                verdict = await self._judge(episode, play)
+                with structlog.contextvars.bound_contextvars(episode_id=episode.id, env=episode.env):
+                    verdict = await self._judge(episode, play)
             with anyio.CancelScope(shield=True):
                 if not found:
                     # Told together with it: the next life, which finds it, would not tell of it.

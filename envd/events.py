@@ -1,5 +1,5 @@
 """The event log: everything that changes is one event, with three sinks: a structured log line, the store, and
-followers.
+followers; and listeners, which count and trace what they hear.
 
 Publishing never waits for a follower. Followers read one shared ring by their own cursor; one that falls so far
 behind that the ring has moved on is told of the gap instead of holding anybody up.
@@ -35,6 +35,7 @@ class EventLog:
         self._sequence = self._lasting = self._ring[-1].sequence if self._ring else 0
         self._changed = asyncio.Event()
         self._closed = False
+        self._listeners: list[Callable[[Event], None]] = []
         self._store.on_lasting(self._is_lasting)
 
     @property
@@ -50,6 +51,11 @@ class EventLog:
     @property
     def closed(self) -> bool:
         return self._closed
+
+    def listen(self, listener: Callable[[Event], None]) -> None:
+        """Have `listener` called with each event as it is published, where and when that is done. It must not block;
+        what it raises is logged."""
+        self._listeners.append(listener)
 
     def publish(
         self,
@@ -71,11 +77,21 @@ class EventLog:
             desktop_id=job.desktop_id if job and desktop_id is None else desktop_id,
             job=job,
             data=data,
+            request_id=structlog.contextvars.get_contextvars().get("request_id"),
         )
         self._ring.append(event)
         self._log(event)
         self._store.append(event)
+        self._tell(event)
         return event
+
+    def _tell(self, event: Event) -> None:
+        for listener in self._listeners:
+            try:
+                listener(event)
+            except Exception:
+                # What is only counted may not break what changes.
+                logger.exception("an event could not be counted", kind=event.kind)
 
     def _is_lasting(self, sequence: int) -> None:
         # Never back: what was shown while the store was in trouble stays shown.
@@ -143,6 +159,8 @@ class EventLog:
 
     def _log(self, event: Event) -> None:
         facts = {key: value for key in ("job_id", "env", "desktop_id") if (value := getattr(event, key)) is not None}
+        if event.job is not None and event.job.episode_id is not None:
+            facts |= {"episode_id": event.job.episode_id}
         if event.kind == "state" and event.job is not None:
             facts |= {"state": str(event.job.state)}
             if event.job.error is not None:

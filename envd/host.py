@@ -17,6 +17,7 @@ import anyio
 import anyio.to_thread
 import structlog
 
+from .telemetry.watchdog import Watchdog
 from .vm.capacity import host_memory
 
 logger = structlog.get_logger(__name__)
@@ -80,19 +81,24 @@ class Host:
 
     async def run(self) -> None:
         """Until cancelled."""
-        async with anyio.create_task_group() as tasks:
-            tasks.start_soon(self._watch_loop)
-            while True:
-                try:
-                    # A disk that hangs holds up the thread alone, and not the end of the daemon.
-                    self._keep(await anyio.to_thread.run_sync(self._look, abandon_on_cancel=True))
-                except OSError as error:
-                    logger.warning("the host could not be looked at", error=str(error))
-                await anyio.sleep(SAMPLE_SECONDS)
+        with Watchdog() as watchdog:
+            async with anyio.create_task_group() as tasks:
+                tasks.start_soon(self._watch_loop, watchdog)
+                await self._sample()
 
-    async def _watch_loop(self) -> None:
+    async def _sample(self) -> None:
+        while True:
+            try:
+                # A disk that hangs holds up the thread alone, and not the end of the daemon.
+                self._keep(await anyio.to_thread.run_sync(self._look, abandon_on_cancel=True))
+            except OSError as error:
+                logger.warning("the host could not be looked at", error=str(error))
+            await anyio.sleep(SAMPLE_SECONDS)
+
+    async def _watch_loop(self, watchdog: Watchdog) -> None:
         due = time.monotonic() + TICK
         while True:
+            watchdog.beat()
             await anyio.sleep(max(0.0, due - time.monotonic()))
             late = max(0.0, time.monotonic() - due)
             self._lag = max(self._lag, late)

@@ -2,12 +2,12 @@
 
 JSON lines when stderr is not a terminal, coloured lines when it is. Everything goes through one stdlib handler that
 hands its lines to a thread: whoever logs neither waits for stderr (a pager, a slow disk) nor hears of its troubles (a
-full disk, a closed pipe), which would stop the event loop or kill the queue from inside a log call.
+full disk, a closed pipe), which would stop the event loop or kill the queue from inside a log call. The last lines are
+kept beside (`LINES`), for whoever cannot see stderr.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import queue
@@ -19,13 +19,16 @@ from typing import Any, Literal
 import structlog
 from structlog.typing import Processor
 
+from .telemetry.lines import Keeper, Lines, as_json
+
 LogFormat = Literal["auto", "json", "console"]
 
 LINES_KEPT = 10_000
 """Lines that wait for a stderr that does not take them; what comes on top is lost, and counted."""
 FLUSH = 1.0
 """Seconds that the end of the process waits for them."""
-
+LINES = Lines()
+"""The last lines of this process. They are kept once `setup` was called."""
 
 TELLTALES = ("botocore", "aiobotocore", "boto3", "hpack", "urllib3")
 """Libraries that at the debug level log what they sign, send and are answered, credentials and tokens included."""
@@ -42,11 +45,13 @@ def setup(level: str = "info", fmt: LogFormat = "auto") -> None:
     ]
     # A process that was started without a stderr has None here.
     terminal = sys.stderr is not None and sys.stderr.isatty()
+    # Locals in tracebacks would carry secrets into the log.
+    tracebacks = structlog.processors.ExceptionRenderer(
+        structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+    )
     renderer: list[Processor]
     if fmt == "json" or (fmt == "auto" and not terminal):
-        # Locals in tracebacks would carry secrets into the log.
-        tracebacks = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
-        renderer = [structlog.processors.ExceptionRenderer(tracebacks), structlog.processors.JSONRenderer(_dumps)]
+        renderer = [tracebacks, structlog.processors.JSONRenderer(_dumps)]
     else:
         renderer = [
             structlog.dev.ConsoleRenderer(
@@ -59,11 +64,16 @@ def setup(level: str = "info", fmt: LogFormat = "auto") -> None:
     )
     handler = logging.NullHandler() if sys.stderr is None else Outlet(sys.stderr.fileno())
     handler.setFormatter(formatter)
+    keeper = Keeper(LINES)
+    keeper.setFormatter(
+        structlog.stdlib.ProcessorFormatter(foreign_pre_chain=shared, processors=[tracebacks, keeper.take])
+    )
     root = logging.getLogger()
     for former in root.handlers[:]:
         root.removeHandler(former)
         former.close()
     root.addHandler(handler)
+    root.addHandler(keeper)
     root.setLevel(level.upper())
     for name in TELLTALES:
         logging.getLogger(name).setLevel(max(logging.INFO, root.level))
@@ -78,6 +88,11 @@ def setup(level: str = "info", fmt: LogFormat = "auto") -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+
+
+def for_people(fmt: LogFormat) -> bool:
+    """Whether what is logged is read on a terminal as it comes."""
+    return fmt != "json" and sys.stderr is not None and sys.stderr.isatty()
 
 
 class Outlet(logging.Handler):
@@ -142,8 +157,4 @@ def _write(descriptor: int, line: bytes) -> None:
 
 
 def _dumps(record: Any, **options: Any) -> str:
-    """JSON that is JSON: what it has no word for, such as NaN, is sent as text."""
-    try:
-        return json.dumps(record, allow_nan=False, default=str)
-    except ValueError:
-        return json.dumps(json.loads(json.dumps(record, default=str), parse_constant=str))
+    return as_json(record)

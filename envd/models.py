@@ -20,7 +20,7 @@ from .errors import Fault, Problem
 class Model(BaseModel):
     """Readers ignore what they do not know, so that an old client can talk to a new server."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", use_attribute_docstrings=True)
 
 
 Counts = Literal["actions", "predictions"]
@@ -526,6 +526,8 @@ class Event(Model):
     desktop_id: str | None = None
     job: Job | None = None
     data: dict[str, Any] = {}
+    request_id: str | None = None
+    """Of the request that caused it; None where it came of itself, or of a job that goes on by itself."""
 
     @property
     def sequence(self) -> int:

@@ -45,6 +45,11 @@ from .tasks.assets import Assets
 from .tasks.evaluating import Evaluators
 from .tasks.schema import examine, parse
 from .tasks.task import NO_TASK
+from .telemetry.about import note
+from .telemetry.metrics import Metrics
+from .telemetry.tracing import Tracing, open_tracing
+from .vm.kvm import Kvm
+from .vm.kvm import known as known_kvm
 
 logger = structlog.get_logger(__name__)
 
@@ -67,6 +72,7 @@ class Service:
         evaluators: Evaluators,
         daemon_id: str,
         access: Access,
+        tracing: Tracing | None = None,
     ) -> None:
         self.settings = settings
         self.driver = driver
@@ -83,7 +89,15 @@ class Service:
         self.abilities = Abilities.of(settings, has_asset=assets.has_now, ocr=evaluators.ocr)
         self.queue = BootQueue(settings, self.fleet, self.envs, store, events)
         self.leases = Leases(settings, self.envs, self.queue, store, events)
+        self.tracing = tracing
+        if tracing is not None:
+            events.listen(tracing.observe)
         self.host = Host(settings.state_dir)
+        self.metrics = Metrics()
+        events.listen(self.metrics.observe)
+        self.queue.on_boot = self.metrics.booted
+        self.kvm: Kvm | None = None
+        """What is known of it since the provider was opened, which tries it if it needs it. None: nobody tried."""
         self.started_at = time.time()
         self.closing = anyio.Event()
         """No new work is taken."""
@@ -256,6 +270,7 @@ class Service:
         async def work() -> Job:
             self.refuse_new_work()
             job = submit()
+            note(job_id=job.id, env=job.env)
             try:
                 await self.calls.keep(sent, "job", job.id)
             except DiskLow:
@@ -269,6 +284,7 @@ class Service:
         return await self.calls.do(sent, work, self._job_again)
 
     async def _job_again(self, kept: KeptAnswer) -> Job:
+        note(job_id=kept.id)
         return self.queue.get(kept.id)
 
     def refuse_new_work(self) -> None:
@@ -285,6 +301,7 @@ class Service:
         """See `Envs.step`. Refused also while a reset of the env waits: its caller has given this episode up."""
 
         async def work() -> StepResult:
+            self.about(env)
             self.refuse_when_draining()
             self.leases.require(env, sent.lease)
             _, waiting = self.queue.of_env(env)
@@ -303,6 +320,7 @@ class Service:
         """See `Evaluations.evaluate`."""
 
         async def work() -> Verdict:
+            self.about(env)
             self.refuse_when_draining()
             self.leases.require(env, sent.lease)
             episode, _ = self.envs.played(env)
@@ -319,6 +337,15 @@ class Service:
             return await self.evaluations.verdict(kept.id)
 
         return await self.calls.do(sent, work, again)
+
+    def about(self, env: int) -> None:
+        """The request that is being served is about what is played there now. Raises UnknownEnv."""
+        now = self.envs.env(env)
+        note(
+            env=env,
+            episode_id=now.episode.id if now.episode else None,
+            desktop_id=now.desktop.id if now.desktop else None,
+        )
 
     def refuse_other_screen(self, screen: tuple[int, int] | None) -> None:
         """Raise InvalidRequest unless desktops have the screen that a caller counts on."""
@@ -356,8 +383,20 @@ class Service:
     def readiness(self) -> dict[str, Any]:
         """What `/readyz` says."""
         reasons = self.not_ready()
-        insecure = ["ENVD_INSECURE: whoever reaches this address can use the desktops"]
-        return {"ready": not reasons, "reasons": reasons, "warnings": insecure if self.settings.insecure else []}
+        return {"ready": not reasons, "reasons": reasons, "warnings": self.doubts()}
+
+    def doubts(self) -> list[str]:
+        """What may keep a reset from succeeding although it can be served."""
+        doubts = []
+        if self.settings.insecure:
+            doubts.append("ENVD_INSECURE: whoever reaches this address can use the desktops")
+        if failed := self.fleet.failed_boots:
+            at, code = failed[-1]
+            count = "boot" if len(failed) == 1 else f"{len(failed)} boots"
+            doubts.append(
+                f"the last {count} failed, {time.time() - at:.0f} s ago with {code}; /v1/jobs?state=failed tells why"
+            )
+        return doubts
 
     def refuse_when_draining(self) -> None:
         if self.draining.is_set():
@@ -398,12 +437,17 @@ async def open_service(settings: Settings, daemon_id: str, driver: Driver | None
         assets = Assets(settings, session)
         await assets.load()
         async with (
+            open_tracing(os.environ, daemon_id) as tracing,
             Bundles.open(settings, played) as bundles,
             Evaluators.open(settings, assets) as evaluators,
             driver or make_driver(settings, daemon_id) as opened,
         ):
             events = EventLog(store)
-            yield Service(settings, opened, store, events, session, assets, bundles, evaluators, daemon_id, access)
+            service = Service(
+                settings, opened, store, events, session, assets, bundles, evaluators, daemon_id, access, tracing
+            )
+            service.kvm = await anyio.to_thread.run_sync(known_kvm, settings.state_dir)
+            yield service
 
 
 def _goes_on(job: Job) -> bool:

@@ -84,14 +84,14 @@ Words = Annotated[tuple[str, ...], BeforeValidator(_words)]
 
 
 class Settings(BaseSettings):
-    """Field order is the order of the table in the README. Durations are seconds."""
+    """Field order is the order of the documentation. Durations are seconds. After a change of any: `make docs`."""
 
     model_config = SettingsConfigDict(frozen=True, extra="forbid", populate_by_name=True, use_attribute_docstrings=True)
 
     provider: str = Field(default="docker", validation_alias=AliasChoices("PROVIDER", "provider"))
-    """Who makes the desktops: aws, docker, local, qemu or sim."""
+    """Who makes the desktops: aws, docker, local, qemu or sim. `make serve` sets local."""
     host: str = "127.0.0.1"
-    """Address to listen on."""
+    """Address to listen on; another than loopback needs ENVD_TOKEN, ENVD_TOKEN_FILE, ENVD_ALLOW or ENVD_INSECURE."""
     port: int = Field(default=15001, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
     token: SecretStr = SecretStr("")
@@ -107,9 +107,9 @@ class Settings(BaseSettings):
     hosts: Words = ()
     """Names that the daemon is called by, beside localhost, this host's and addresses, separated by commas."""
     tls_cert: UserPath | None = None
-    """Certificate chain (PEM) to serve HTTPS with."""
+    """Certificate chain (PEM) to serve HTTPS with, read at the start. Clients know its CA, and use ENVD_URL=https://…"""
     tls_key: UserPath | None = None
-    """Its private key (PEM)."""
+    """Its private key (PEM, no passphrase)."""
     request_rate: float = Field(default=500, ge=0, allow_inf_nan=False)
     """Requests that one client may make in a second on average, and twice as many at once; 0 is no limit."""
     state_dir: UserPath = Path()
@@ -131,7 +131,8 @@ class Settings(BaseSettings):
     queue_limit: int = Field(default=1024, ge=1)
     """Jobs that may wait at once."""
     client_jobs: int = Field(default=0, ge=0)
-    """Of these, jobs of one client (a token, or an address that needs none); 0 is no limit."""
+    """Of these, resets of one client (a token, or an address that needs none), which is answered 429 above; 0 is no
+    limit."""
     queue_timeout: Seconds = 86_400
     """A job that waited so long expires."""
     max_steps: int = Field(default=16, ge=1)
@@ -143,7 +144,7 @@ class Settings(BaseSettings):
     format_reward: Literal["plain", "shaped"] = "plain"
     """shaped: the bonuses that one older server added for parsing, acting and finishing."""
     action_pause: Seconds = 0.5
-    """Wait after each action, before the next or the screenshot."""
+    """Wait after each action, before the next or the screenshot. A step may ask for another."""
     wait_seconds: Seconds = 1.0
     """How long the model's wait() lasts."""
     settle_seconds: Seconds = 0.0
@@ -159,7 +160,9 @@ class Settings(BaseSettings):
     setup_timeout: PositiveSeconds = 900
     """A task's set-up must be done by then."""
     asset_mirrors: Words = ()
-    """Where files that tasks name are looked for first: base URLs and folders, separated by commas."""
+    """Where files that tasks name are looked for first, separated by commas: base URLs, folders (HOST/PATH below them,
+    as `wget --force-directories` lays them out), or PREFIX=REPLACEMENT such as
+    `https://huggingface.co=https://mirror.example`."""
     asset_limit: int = Field(default=20 * 1024**3, ge=1024**2)
     """Bytes that the cache of such files may take; the least recently used go first."""
     asset_timeout: PositiveSeconds = 300
@@ -201,7 +204,7 @@ class Settings(BaseSettings):
     heartbeat: PositiveSeconds = 15
     """Seconds of silence before an event stream sends a comment."""
     max_streams: int = Field(default=2048, ge=1)
-    """Event streams that may be open at once."""
+    """Event streams, screens, connections to Chrome and transfers of files that may be open at once."""
     body_limit: int = Field(default=8 * 1024 * 1024, ge=1024)
     """Largest request body, in bytes."""
     drain_seconds: float = Field(default=1.0, ge=0, le=60)
@@ -293,15 +296,19 @@ class Settings(BaseSettings):
     )
     """Name of that role."""
     local_unsandboxed: bool = False
-    """Let `local` desktops run without bubblewrap. They can then read your files."""
+    """Let `local` desktops run without bubblewrap; they can then read your files. Sandboxed or not they share this
+    host's network: a page in them reaches what listens on its loopback, this daemon too."""
     sim: str = ""
-    """Behaviour of `sim` desktops, for example boot=2,fail=0.1."""
+    """Behaviour of `sim` desktops, for example `slow,boot=2,fail=0.1`; with `outlive` they live in a process of their
+    own and outlive the daemon, by `linger=60` seconds."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """The least that is logged."""
     log_format: Literal["auto", "json", "console"] = "auto"
     """auto: JSON unless stderr is a terminal."""
     url: str = "http://127.0.0.1:15001"
     """Server that the command line's client commands talk to."""
+    lease: SecretStr = SecretStr("")
+    """Lease that they play under."""
 
     origins: Mapping[str, str] = Field(default_factory=dict, exclude=True, repr=False)
     """Field name → where its value came from: `environment`, the .env file's path, `argument` or `default`."""

@@ -13,9 +13,10 @@ from aws_faults import Fault, FaultyAccount, faulty_account
 from aws_metadata import metadata
 
 from envd.drivers.aws.check import check
-from envd.drivers.aws.findings import AT_ONCE, Finding, gather
+from envd.drivers.aws.findings import AT_ONCE, gather
 from envd.drivers.aws.scheduler_role import trust_document
 from envd.errors import CloudRefused, NotAuthorized
+from envd.findings import Finding
 from envd.settings import load
 
 ACCOUNT = "123456789012"

@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 from envd.cli import app, aws_check
 from envd.cli.aws_gc import end, ls, survey
 from envd.daemon import daemon_id, locked
-from envd.drivers.aws.findings import Finding
 from envd.drivers.aws.tags import as_list, schedule_name, tags_of
 from envd.drivers.base import InstanceSpec
+from envd.findings import Finding
 from envd.settings import Settings, load
 
 OTHER = "0e0e0e"

@@ -109,6 +109,7 @@ def test_the_top_level_holds_what_it_should_and_no_more() -> None:
         "LICENSE",
         "Makefile",
         "README.md",
+        "README.zh-CN.md",
         "constraints.txt",
         "deploy",
         "envd",

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
@@ -119,8 +120,31 @@ async def terminate_the_instance(_: Driver, __: str, endpoints: Endpoints) -> st
     return "User initiated"
 
 
+PAGE = Path(__file__).parent.parent / "envd/app/docs/pages/drivers.md"
+[SHOWN] = re.findall(r"```python driver\n(.*?)```", PAGE.read_text(), re.DOTALL)
+
+
+@dataclass(frozen=True)
+class WorkedExample(Provider):
+    """The driver that the documentation shows."""
+
+    def driver(self, state_dir: Path, daemon_id: str = "test") -> Driver:
+        names: dict[str, Any] = {"__name__": "toy"}
+        exec(compile(SHOWN, str(PAGE), "exec"), names)
+        made = names["ToyDriver"](Settings(provider="sim", state_dir=state_dir, screen=SCREEN), daemon_id)
+        assert isinstance(made, Driver)
+        return made
+
+
+async def stop_the_shown_one(driver: Driver, instance_id: str, _: Endpoints) -> str:
+    machines: Any = vars(driver)["machines"]
+    machines[instance_id].die(Death("pulled the plug"))
+    return "plug"
+
+
 DRIVERS = [
     pytest.param(Provider("sim", stop_the_sim), id="sim"),
+    pytest.param(WorkedExample("toy", stop_the_shown_one), id="as the documentation shows"),
     pytest.param(Provider("sim", stop_the_hosted_sim, adopts=True, sim="outlive,linger=10"), id="sim outlive"),
     pytest.param(Provider("aws", terminate_the_instance, cloud=True, adopts=True), id="aws"),
     pytest.param(Provider("local", kill_the_x_server), id="local", marks=pytest.mark.local),

@@ -35,6 +35,15 @@ def test_a_class_has_words_of_its_own(cls: type[EnvdError]) -> None:
 
 
 @every_class
+def test_a_class_says_what_causes_it_and_what_to_do(cls: type[EnvdError]) -> None:
+    assert {"cause", "remedy"} <= vars(cls).keys()
+    for words in (cls.cause, cls.remedy):
+        assert words[0].isupper() or words[0] == "`"
+        assert words.endswith(".")
+        assert "  " not in words
+
+
+@every_class
 def test_an_error_comes_back_from_the_wire_as_it_was(cls: type[EnvdError]) -> None:
     error = cls("It broke.", hint="Mend it.", retry_after=2.5, step=3, probes={"screenshot": "fail: flat"})
     back = from_problem(over_the_wire(error))

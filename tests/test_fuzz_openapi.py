@@ -44,6 +44,8 @@ QUICK = {
     "ENVD_OFFLINE": "1",
     "ENVD_LOG_FORMAT": "json",
 }
+NDJSON = "application/x-ndjson"
+STREAMS = ("text/event-stream", NDJSON)
 LONGEST_WAIT = 0.2
 """Seconds that a request may itself ask to be kept waiting: pauses and long polls are other tests' matter."""
 
@@ -79,7 +81,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
                 ids = {"job": job["id"], "episode": job["episode_id"]}
                 found.known = tuple({"env": env, **ids} for env in ("0", "1", "2"))
                 async with session.get(f"{process.url}/errors") as page:
-                    found.codes = frozenset(re.findall(r"<tr id='(\w+)'", await page.text()))
+                    found.codes = frozenset(re.findall(r'<h3 id="(\w+)"', await page.text()))
                 up.set()
                 await asyncio.to_thread(over.wait)
         finally:
@@ -157,6 +159,8 @@ def impatient(case: Any) -> None:
     for holder, name in ((case.body, "pause_s"), (case.body, "wait_s"), (case.query, "wait")):
         if isinstance(holder, dict) and isinstance(holder.get(name), int | float):
             holder[name] = min(holder[name], LONGEST_WAIT)
+    if case.headers and case.headers.get("Prefer", "").startswith("wait="):
+        case.headers["Prefer"] = "wait=0"
 
 
 def tried(case: Any, running: Running, session: requests.Session) -> str:
@@ -169,7 +173,7 @@ def tried(case: Any, running: Running, session: requests.Session) -> str:
         with session.request(**sent, timeout=DEADLINE, stream=True, allow_redirects=False) as answer:
             kind = answer.headers.get("Content-Type", "").partition(";")[0]
             # A stream goes on: its beginning is enough.
-            body = next(answer.iter_content(65_536)) if kind == "text/event-stream" else answer.content
+            body = next(answer.iter_content(65_536), b"") if kind in STREAMS else answer.content
     except (requests.exceptions.InvalidHeader, requests.exceptions.InvalidURL, UnicodeError):
         return "not sent"
     assert time.monotonic() - began < DEADLINE
@@ -184,7 +188,10 @@ def judged(status: int, kind: str, body: bytes, case: Any, codes: frozenset[str]
             assert (kind, body) == ("", b"")
             return str(status)
         assert kind in content, (status, kind)
-        if kind.endswith("json"):
+        if kind == NDJSON:
+            lines = body.rpartition(b"\n")[0].split(b"\n")  # the last may be cut
+            assert all("event" in json.loads(line) for line in lines if line)
+        elif kind.endswith("json"):
             fits(content[kind].get("schema", {}), json.loads(body))
         return str(status)
     assert status >= 400

@@ -29,7 +29,8 @@ async def answers(served: Served, method: str, path: str, **how: Any) -> tuple[i
         ("GET", "/v1/envs"),
         ("GET", "/v1/envs/0/screenshot"),
         ("GET", "/version"),
-        ("GET", "/docs"),
+        ("GET", "/docsx"),
+        ("POST", "/docs"),
         ("GET", "/nothing/here"),
         ("POST", "/v1/envs/0/reset"),
         ("POST", "/env/reset"),
@@ -48,6 +49,15 @@ async def test_without_the_token_everything_is_closed(method: str, path: str) ->
 async def test_load_balancers_need_no_token() -> None:
     async with serving(token=TOKEN) as served:
         assert [(await served.ask("GET", path))[0] for path in ("/livez", "/readyz", "/health")] == [200, 200, 200]
+
+
+async def test_the_documentation_needs_no_token_and_tells_nothing_of_this_daemon() -> None:
+    async with serving(token=TOKEN, aws_owner="a-name-of-mine") as served:
+        for path in ("/docs", "/docs/settings", "/errors", "/openapi.json"):
+            status, body, _ = await served.ask("GET", path)
+            assert status == 200
+            assert not [word for word in (TOKEN, "a-name-of-mine", str(served.settings.state_dir)) if word in str(body)]
+        assert (await served.ask("GET", "/docs/nothing"))[0] == 404
 
 
 async def test_a_client_with_the_token_plays_and_one_without_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import anyio
 import pytest
+from nobody import as_nobody
 
 from envd.vm import kvm
 from envd.vm.kvm import Kvm, KvmState, judge, look, on_this_host, prove
@@ -85,23 +86,6 @@ def test_a_device_that_may_not_be_opened_is_told_from_one_that_is_absent(tmp_pat
     found = as_nobody(lambda: look(device), tmp_path)
     assert "no_permission" in found
     assert "usermod -aG kvm" in found
-
-
-def as_nobody(call: Callable[[], object], directory: Path) -> str:
-    """What a call returns to a user who is not root."""
-    for path in (directory, *directory.parents[:2]):
-        path.chmod(path.stat().st_mode | 0o011)
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        if os.getuid() == 0:
-            os.setuid(65534)
-        os.write(write, repr(call()).encode())
-        os._exit(0)
-    os.close(write)
-    os.waitpid(child, 0)
-    with os.fdopen(read) as answer:
-        return answer.read()
 
 
 class Counted:

@@ -19,6 +19,7 @@ from serving import CLICK, DONE, SCREEN, Served, eventually, serving
 
 from envd.drivers.sim import Behaviour
 from envd.models import JobState
+from envd.vm.kvm import Kvm, KvmState
 
 TASK = {
     "id": "t-1",
@@ -391,6 +392,13 @@ async def test_health_has_the_fields_of_every_dialect() -> None:
         }
         await served.play(0)
         assert (await health(served))["env_status"] == "initialized"
+
+
+@pytest.mark.parametrize("state", list(KvmState))
+async def test_health_says_that_there_is_kvm_where_a_guest_was_seen_to_execute(state: KvmState) -> None:
+    async with serving() as served:
+        served.service.kvm = Kvm(state, "as it was when the provider was opened")
+        assert (await health(served))["kvm_available"] is (state is KvmState.WORKS)
 
 
 async def test_a_client_that_connects_anew_for_each_call_leaves_no_socket_behind() -> None:

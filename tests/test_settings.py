@@ -12,7 +12,9 @@ import pytest
 from envd.errors import SettingsError
 from envd.settings import VARIABLES, Settings, effective, load
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGE = ROOT / "envd/app/docs/pages/settings.md"
+README = ROOT / "README.md"
 
 
 def refused(environ: dict[str, str], env_file: Path | None = None) -> str:
@@ -137,16 +139,32 @@ def test_every_setting_says_what_it_is_for() -> None:
     assert [name for name, field in Settings.model_fields.items() if not field.description] == []
 
 
-def test_the_readme_lists_every_setting_with_its_default() -> None:
-    rows = [line.split("|")[1:3] for line in README.read_text().splitlines() if re.match(r"\| `(ENVD_|[A-Z_]+`)", line)]
+def table_of(file: Path) -> dict[str, str]:
+    """Each setting with its default, as the tables of a page have them."""
+    rows = [line.split("|")[1:3] for line in file.read_text().splitlines() if re.match(r"\| `(ENVD_|[A-Z_]+`)", line)]
     table: dict[str, str] = {}
     for names, defaults in rows:
         named, given = re.findall(r"`([A-Z_]+)`", names), re.findall(r"`([^`]*)`", defaults)
-        table |= dict(zip(named, given if len(given) >= len(named) else [""] * len(named), strict=False))
-    assert table.keys() == VARIABLES.keys()
-    defaults_of = load({"HOME": "~"}, env_file=None)
-    for name in ("ENVD_PORT", "ENVD_HOST", "ENVD_BODY_LIMIT", "ENVD_QUEUE_LIMIT", "ENVD_MAX_PIXELS", "ENVD_URL"):
-        assert table[name] == str(getattr(defaults_of, VARIABLES[name]))
+        table |= dict(zip(named, [*given, *[""] * len(named)], strict=False))
+    return table
+
+
+def test_the_page_of_settings_lists_every_one_with_its_default() -> None:
+    table = table_of(PAGE)
+    assert list(table) == list(VARIABLES)
+    given = {name: value for name, value in table.items() if value}
+    shown = {name: load({"HOME": "~", name: value}, env_file=None) for name, value in given.items()}
+    assert len(given) > 60
+    defaults = load({"HOME": "~"}, env_file=None)
+    for name, settings in shown.items():
+        field = VARIABLES[name]
+        assert getattr(settings, field) == getattr(defaults, field), name
+
+
+def test_what_the_readme_says_of_settings_is_what_their_page_says() -> None:
+    short, whole = table_of(README), table_of(PAGE)
+    assert len(short) > 5
+    assert short == {name: whole[name] for name in short}
 
 
 @pytest.mark.parametrize(

@@ -585,7 +585,15 @@ async def test_headers_of_a_guest_stay_with_it_and_those_of_a_caller_with_us() -
             assert answer.headers.getall("Cache-Control") == ["no-store"]
     assert (status, body) == (200, b"ok")
     ours = {"date", "envd-version", "x-request-id", "content-length", "content-type", "content-security-policy"}
-    ours |= {"x-content-type-options", "cache-control", "referrer-policy", "cross-origin-opener-policy"}
+    ours |= {
+        "envd-env",
+        "envd-episode",
+        "envd-desktop",
+        "x-content-type-options",
+        "cache-control",
+        "referrer-policy",
+        "cross-origin-opener-policy",
+    }
     assert {name.lower() for name in headers} == ours
     policy = dict(part.strip().split(" ", 1) for part in headers["Content-Security-Policy"].split(";"))
     here = f"{served.url}{VNC}"

@@ -6,26 +6,18 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 
 from ..service import Service
-from . import dashboard, docs, leases, legacy, recorded, through, v1
 from .gate import Gate
 from .lasting import Lasting
 from .problems import Boundary, exception_handlers
+from .routes import ROUTES
 
 
 def create_app(service: Service) -> Starlette:
     """The ASGI application over a running service."""
     app = Starlette(
-        routes=[
-            *legacy.routes,
-            *v1.routes,
-            *recorded.routes,
-            *through.routes,
-            *leases.routes,
-            *docs.routes,
-            *dashboard.routes,
-        ],
+        routes=ROUTES,
         middleware=[
-            Middleware(Boundary),
+            Middleware(Boundary, service.metrics, service.tracing),
             Middleware(Gate, service.access, service.settings.request_rate),
             Middleware(Lasting, service.store),
         ],

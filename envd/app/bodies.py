@@ -18,9 +18,13 @@ from ..access import Caller
 from ..calls import Sent
 from ..errors import BodyTooLarge, BodyTooSlow, EnvdError, InvalidRequest, MalformedJson, UnknownEnv
 from ..leases import HEADER
+from ..models import Job
 from ..service import Service
+from ..telemetry.about import note
 from .gate import CALLER
 
+SHORT_LEASE = 10
+"""Characters of a lease's id that are told: whoever knows all of it may use the lease."""
 LONGEST_POLL = 60.0
 """Seconds that a request may be held; below the idle limits of proxies."""
 MOST_FIELDS = 100
@@ -94,6 +98,8 @@ def sent(request: Request, body: Any = None) -> Sent:
     """By the headers Idempotency-Key and X-Request-Deadline. Raises InvalidRequest."""
     asked = json.dumps([request.method, request.url.path, body or {}], sort_keys=True)
     caller: Caller | None = request.scope.get(CALLER)
+    if lease := request.headers.get(HEADER):
+        note(lease=lease[:SHORT_LEASE])
     seconds = seconds_left(request)
     return Sent(
         key=_key(request),
@@ -145,11 +151,17 @@ def invalid(error: ValidationError) -> InvalidRequest:
     return InvalidRequest(f"The body cannot be used: {summary}.", errors=errors)
 
 
+def about(job: Job) -> None:
+    """The request is about this job."""
+    note(job_id=job.id, env=job.env, episode_id=job.episode_id, desktop_id=job.desktop_id)
+
+
 def env_of(request: HTTPConnection) -> int:
     """The env in the path. Raises UnknownEnv."""
     given = request.path_params["env"]
     if not given.isascii() or not given.isdecimal() or len(given) > 6:
         raise UnknownEnv(f"{given!r} is no env; envs are numbered from 0.", env=given)
+    note(env=int(given))
     return int(given)
 
 

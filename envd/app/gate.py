@@ -15,14 +15,16 @@ from starlette.types import Scope as AsgiScope
 
 from ..access import Access, Caller, Scope
 from ..errors import EnvdError, Forbidden, MisdirectedRequest, TooManyRequests
+from ..telemetry.about import note
 from .problems import refuse
 
 logger = structlog.get_logger(__name__)
 audit = structlog.get_logger("envd.audit")
 
-OPEN_PATHS = frozenset({"/livez", "/readyz", "/health"})
-"""For load balancers, which have no tokens; they tell nothing that anybody could use."""
-OPEN_PAGE = re.compile(r"/|/dashboard/[^/]*")
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/docs", "/errors", "/openapi.json"})
+"""For load balancers and for readers, who have no tokens. They tell nothing that anybody
+could use: the documentation is of this version, not of this daemon."""
+OPEN_PAGE = re.compile(r"/|/dashboard/[^/]*|/docs/[^/]*")
 """The dashboard and its parts: they hold nothing of this daemon, and ask for what they show as any caller does."""
 ADMIN_PATHS = frozenset({"/v1/drain"})
 READING_PATHS = frozenset({"/v1/links", "/env/history_messages"})
@@ -58,6 +60,8 @@ class Gate:
             await self._refuse(error, scope, receive, send)
             return
         scope[CALLER] = caller
+        if caller is not None:
+            note(caller=caller.name)
         if caller is not None and caller.how == "link" and caller.below:
             send = _keeps_link(scope, caller, send)
         left = None if caller is None or caller.until is None else caller.until - time.time()

@@ -32,7 +32,7 @@ from ..errors import (
 )
 from ..evaluations import error_of
 from ..models import EnvState, Job, JobState, StepRequest
-from .bodies import hold, number_in_query, read_call, read_model, service_of
+from .bodies import about, hold, number_in_query, read_call, read_model, service_of
 
 KVM_DEVICE = "/dev/kvm" if Path("/dev/kvm").exists() else None
 
@@ -90,6 +90,7 @@ async def _ended(request: Request, job: Job, how_sent: Sent) -> Job:
     with anyio.move_on_after(patience):
         await hold(request, lambda: service.queue.ended(job.id))
     job = service.queue.get(job.id)
+    about(job)
     goes_on = service.settings.keep_desktops
     # The drain cancels what runs at once, so the job may have ended by the time its waiter is woken.
     ended_by_it = service.closing.is_set() and not goes_on and job.state is JobState.CANCELLED
@@ -188,8 +189,8 @@ async def health(request: Request) -> Response:
             "provider": service.driver.name,
             "observation_type": "screenshot",
             "screenshot_source": "guest",
-            # A device that opens is not yet KVM that works; no driver of this version uses it.
-            "kvm_available": False,
+            # A device that opens is not yet KVM that works: only where a guest was seen to execute.
+            "kvm_available": service.kvm is not None and service.kvm.works,
             "kvm_device": KVM_DEVICE,
             "env_status": statuses["0"],
             "message": "; ".join(reasons) or "ready",

@@ -9,7 +9,8 @@ import re
 import secrets
 import time
 from collections.abc import Mapping
-from typing import Any
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 import anyio
 import structlog
@@ -21,10 +22,21 @@ from starlette.types import ASGIApp, ExceptionHandler, Message, Receive, Scope, 
 
 from .. import __version__
 from ..errors import EnvdError, InternalError, MethodNotAllowed, NotFound, RequestError
+from ..telemetry.about import HEADERS, Fact, gathered, note
+from ..telemetry.metrics import Metrics
+
+if TYPE_CHECKING:
+    from ..telemetry.tracing import Tracing
 
 logger = structlog.get_logger(__name__)
 
-QUIET_PATHS = frozenset({"/livez", "/readyz", "/health"})
+QUIET_PATHS = frozenset({"/livez", "/readyz", "/health", "/metrics"})
+"""Asked for every few seconds by machines: logged at debug level only, and not traced."""
+STREAMS = frozenset({"text/event-stream", "application/x-ndjson"})
+"""What is answered for as long as somebody reads."""
+NO_ROUTE = "none"
+IN_PATHS = {"job": "job_id", "episode": "episode_id", "lease": "lease"}
+"""Parameters of paths that say what a request is about, and as what."""
 LOOKED_AT = re.compile(r"/dashboard/|/v1/envs/[^/]*/screenshot$|/v1/episodes/[^/]*/frames/")
 """What the dashboard asks for again and again while somebody looks: small pictures, and parts of itself."""
 
@@ -45,6 +57,7 @@ TWO_LENGTHS = RequestError(
 
 
 def problem_response(error: EnvdError, instance: str, headers: Mapping[str, str] | None = None) -> Response:
+    _note(error)
     problem = error.problem(instance)
     sent = dict(headers or {})
     if error.retry_after is not None:
@@ -60,6 +73,7 @@ async def refuse(
 ) -> None:
     """Answer a request, or a websocket that was not accepted yet, with a problem."""
     if scope["type"] == "websocket" and "websocket.http.response" not in scope.get("extensions", {}):
+        _note(error)
         await send({"type": "websocket.close", "code": 1008, "reason": error.detail[:100]})
         return
     # After one of these hypercorn 0.18 closes the connection, so nobody is to send another request on it.
@@ -67,56 +81,142 @@ async def refuse(
     await problem_response(error, scope["path"], {**(headers or {}), **closing})(scope, receive, send)
 
 
-class Boundary:
-    """Outermost: gives each request an id, logs it once when it is answered, and turns what nobody caught into a
-    500."""
+def _note(error: EnvdError) -> None:
+    """For the request's line. What strangers sent may be in the words."""
+    words = "".join(letter if letter.isprintable() else "?" for letter in error.detail)
+    note(code=error.code, fault=str(error.fault), detail=words)
 
-    def __init__(self, app: ASGIApp) -> None:
+
+class Boundary:
+    """Outermost: gives each request an id, counts and traces it, logs it once when it is answered, with what it turned
+    out to be about, and turns what nobody caught into a 500. A websocket is a request that ends when it is closed."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, tracing: Tracing | None = None) -> None:
         self._app = app
+        self._metrics = metrics
+        self._tracing = tracing
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        began = time.monotonic()
         request_id = _request_id(Headers(scope=scope).get("x-request-id", ""))
-        body = _Body(receive)
-        status: int | None = None
+        traced = self._tracing.request(scope) if self._tracing and scope["path"] not in QUIET_PATHS else nullcontext()
+        with structlog.contextvars.bound_contextvars(request_id=request_id), gathered() as about, traced as span:
+            seen = _Seen(scope, request_id, about)
+            self._metrics.requests_now.inc()
+            try:
+                if scope["type"] == "websocket":
+                    await self._app(scope, receive, seen.watching(send))
+                else:
+                    await self._answer(seen, receive, send)
+            finally:
+                self._metrics.requests_now.dec()
+                seen.finish()
+                self._count(seen)
+                seen.log()
+                if span is not None:
+                    span.answered(seen.route, seen.method, seen.status, about)
 
-        async def send_with_id(message: Message) -> None:
-            nonlocal status
+    async def _answer(self, seen: _Seen, receive: Receive, send: Send) -> None:
+        scope, body = seen.scope, _Body(receive)
+        watched = seen.watching(send, body)
+        try:
+            if _has_two_lengths(scope):
+                refusal = problem_response(TWO_LENGTHS, scope["path"], {"Connection": "close"})
+                await refusal(scope, body.receive, watched)
+            else:
+                await self._app(scope, body.receive, watched)
+        except Exception as error:
+            logger.exception("a request broke", **seen.facts)
+            if seen.status is not None:
+                raise
+            mistake = InternalError(
+                f"The daemon made a mistake: {type(error).__name__}.",
+                hint=f"Its log has the traceback under request id {seen.request_id}.",
+            )
+            await problem_response(mistake, scope["path"])(scope, body.receive, watched)
+
+    def _count(self, seen: _Seen) -> None:
+        self._metrics.answered(seen.route, seen.method, seen.status, None if seen.streams else seen.seconds)
+        code, fault = seen.about.get("code"), seen.about.get("fault")
+        if code is not None and fault is not None:
+            self._metrics.failed("answer", str(code), str(fault))
+
+
+class _Seen:
+    """What is seen of a request from outside."""
+
+    def __init__(self, scope: Scope, request_id: str, about: dict[str, Fact]) -> None:
+        self.scope = scope
+        self.request_id = request_id
+        self.about = about
+        self.status: int | None = None
+        """None before an answer, and of a client that left before."""
+        self.streams = scope["type"] == "websocket"
+        self._began = time.monotonic()
+
+    @property
+    def method(self) -> str:
+        return str(self.scope.get("method", "WEBSOCKET"))
+
+    @property
+    def route(self) -> str:
+        """The template, never the path: of that there are as many as strangers please."""
+        return getattr(self.scope.get("route"), "path_format", NO_ROUTE)
+
+    @property
+    def seconds(self) -> float:
+        return time.monotonic() - self._began
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        # Still percent-encoded: what a stranger sends must not move the cursor of whoever reads the log.
+        return {"method": self.method, "path": self.scope["raw_path"].decode("ascii", "replace")}
+
+    def watching(self, send: Send, body: _Body | None = None) -> Send:
+        """`send`, with what every answer has."""
+
+        async def send_and_see(message: Message) -> None:
+            if message["type"] in ("http.response.start", "websocket.http.response.start", "websocket.accept"):
+                self.status = message.get("status", 101)
+                self._add_headers(message)
+            elif message["type"] == "websocket.close" and self.status is None:
+                self.status = 403  # as hypercorn answers one that was not accepted
+            if body is None:
+                await send(message)
+                return
             if message["type"] == "http.response.start":
-                status = message["status"]
-                headers = MutableHeaders(scope=message)
-                headers["x-request-id"] = request_id
-                headers["envd-version"] = __version__
-                if scope["path"].startswith(ONE_CALL_EACH) and scope["http_version"] in ("1.0", "1.1"):
-                    headers["connection"] = "close"
                 await body.read_rest()
             await body.send_beside(send, message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
-            # Still percent-encoded: what a stranger sends must not move the cursor of whoever reads the log.
-            facts = {"method": scope["method"], "path": scope["raw_path"].decode("ascii", "replace")}
-            try:
-                if _has_two_lengths(scope):
-                    await problem_response(TWO_LENGTHS, scope["path"], {"Connection": "close"})(
-                        scope, body.receive, send_with_id
-                    )
-                else:
-                    await self._app(scope, body.receive, send_with_id)
-            except Exception as error:
-                logger.exception("a request broke", **facts)
-                if status is not None:
-                    raise
-                mistake = InternalError(
-                    f"The daemon made a mistake: {type(error).__name__}.",
-                    hint=f"Its log has the traceback under request id {request_id}.",
-                )
-                await problem_response(mistake, scope["path"])(scope, body.receive, send_with_id)
-            finally:
-                write = logger.debug if _is_routine(scope, status) else logger.info
-                write("request", **facts, status=status, seconds=round(time.monotonic() - began, 4))
+        return send_and_see
+
+    def _add_headers(self, message: Message) -> None:
+        self.finish()
+        message.setdefault("headers", [])
+        headers = MutableHeaders(scope=message)
+        headers["x-request-id"] = self.request_id
+        headers["envd-version"] = __version__
+        for fact, name in HEADERS.items():
+            if fact in self.about:
+                headers[name] = str(self.about[fact])
+        one_call = self.scope["path"].startswith(ONE_CALL_EACH) and self.scope["http_version"] in ("1.0", "1.1")
+        if one_call and self.scope["type"] == "http":
+            headers["connection"] = "close"
+        kind = headers.get("content-type", "").partition(";")[0]
+        self.streams = self.streams or kind in STREAMS
+
+    def finish(self) -> None:
+        """Note what the path names, unless that is known better by now."""
+        for name, fact in IN_PATHS.items():
+            value = self.scope.get("path_params", {}).get(name, "")
+            if fact not in self.about and re.fullmatch(r"[\w.:-]{1,64}", value, re.ASCII):
+                self.about[fact] = value[:10] if name == "lease" else value
+
+    def log(self) -> None:
+        write = logger.debug if _is_routine(self.scope, self.status) else logger.info
+        write("request", **self.facts, status=self.status, seconds=round(self.seconds, 4), **self.about)
 
 
 def _is_routine(scope: Scope, status: int | None) -> bool:

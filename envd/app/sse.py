@@ -18,8 +18,8 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 import anyio
@@ -69,7 +69,7 @@ class EventStream:
             await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
             await send({"type": "http.response.body", "body": b""})
         else:
-            async with _counted(service):
+            with counted(service):
                 await stream.play(receive, send)
 
 
@@ -183,11 +183,7 @@ def _open(request: Request, service: Service) -> _Stream | None:
     """The stream that was asked for; None when its reader has seen the end already. Raises EnvdError."""
     if request.scope["http_version"] not in ("1.0", "1.1"):
         raise HttpVersionUnsupported("Event streams are served over HTTP/1.1 only.", hint="Let your proxy speak 1.1.")
-    service.refuse_when_draining()
-    if service.streams >= service.settings.max_streams:
-        raise TooManyWatchers(
-            f"{service.streams} event streams are open, the limit is ENVD_MAX_STREAMS.", retry_after=10
-        )
+    refuse_another(service)
     asked = request.headers.get("last-event-id") or request.query_params.get("last_event_id")
     after = service.events.sequence_of(asked)
     job_id = request.path_params.get("job")
@@ -205,8 +201,15 @@ def _has_seen_end(events: EventLog, job: Job, after: int | None) -> bool:
     return after >= next(ends, 0)
 
 
-@asynccontextmanager
-async def _counted(service: Service) -> AsyncIterator[None]:
+def refuse_another(service: Service) -> None:
+    """Raises Draining, and TooManyWatchers where as many streams are open as may be."""
+    service.refuse_when_draining()
+    if service.streams >= service.settings.max_streams:
+        raise TooManyWatchers(f"{service.streams} streams are open, the limit is ENVD_MAX_STREAMS.", retry_after=10)
+
+
+@contextmanager
+def counted(service: Service) -> Iterator[None]:
     service.streams += 1
     try:
         yield

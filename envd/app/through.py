@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import aclosing, contextmanager, nullcontext
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import aclosing, nullcontext
 from typing import Any
 from urllib.parse import quote, unquote_plus
 
@@ -44,16 +44,15 @@ from ..errors import (
     NotFound,
     NoVnc,
     RequestError,
-    TooManyWatchers,
 )
 from ..guest import upstream
 from ..guest.client import parse_json
 from ..models import Desktop
-from ..service import Service
 from .bodies import env_of, service_of
 from .gate import LINK, SAFE
 from .leases import require
 from .problems import refuse
+from .sse import counted, refuse_another
 
 logger = structlog.get_logger(__name__)
 
@@ -260,10 +259,13 @@ async def _on_desktop(
     """
     service, env = service_of(request), env_of(request)
     service.refuse_when_draining()
+    if lasts:
+        refuse_another(service)
+    service.about(env)
     watched = receive if request.scope["type"] == "http" else None
     failure: EnvdError | None = None
     done = left = False
-    with _counted(service) if lasts else nullcontext():
+    with counted(service) if lasts else nullcontext():
         async with anyio.create_task_group() as race:
 
             async def end_with_the_daemon() -> None:
@@ -290,17 +292,6 @@ async def _on_desktop(
         raise failure
     if not done and not left:
         raise Draining("The daemon is shutting down.", retry_after=5)
-
-
-@contextmanager
-def _counted(service: Service) -> Iterator[None]:
-    if service.streams >= service.settings.max_streams:
-        raise TooManyWatchers(f"{service.streams} streams are open, the limit is ENVD_MAX_STREAMS.", retry_after=10)
-    service.streams += 1
-    try:
-        yield
-    finally:
-        service.streams -= 1
 
 
 # -- passing on -----------------------------------------------------------------------------------------------------

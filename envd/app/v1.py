@@ -17,8 +17,10 @@ from ..calls import Sent
 from ..errors import InvalidRequest
 from ..models import DrainRequest, Job, JobState, LinkRequest, ResetRequest, StepRequest, Verdict
 from ..settings import effective
+from ..telemetry.about import note
 from .bodies import (
     LONGEST_POLL,
+    about,
     env_of,
     hold,
     number_in_query,
@@ -35,11 +37,13 @@ from .sse import EventStream
 
 
 def job_json(job: Job, status: int = 200, headers: dict[str, str] | None = None) -> Response:
+    about(job)
     body = job.model_dump(mode="json") | {"links": job.links}
     return JSONResponse(body, status, {"ETag": f'"{job.version}"', "Cache-Control": "no-store", **(headers or {})})
 
 
 def verdict_json(verdict: Verdict) -> Response:
+    note(env=verdict.env, episode_id=verdict.episode_id)
     return JSONResponse(verdict.model_dump(mode="json") | {"links": verdict.links})
 
 
@@ -137,7 +141,9 @@ async def envs(request: Request) -> Response:
 
 async def env(request: Request) -> Response:
     """One env with its desktop and episode."""
-    return JSONResponse(service_of(request).env(env_of(request)).model_dump(mode="json"))
+    service, number = service_of(request), env_of(request)
+    service.about(number)
+    return JSONResponse(service.env(number).model_dump(mode="json"))
 
 
 async def step(request: Request) -> Response:
@@ -153,13 +159,17 @@ async def step(request: Request) -> Response:
 async def screenshot(request: Request) -> Response:
     """The screen as it is now; with `width`, as a JPEG of at most so many pixels across."""
     width = width_asked(request)
-    picture = await service_of(request).envs.screenshot(env_of(request))
+    service, number = service_of(request), env_of(request)
+    service.about(number)
+    picture = await service.envs.screenshot(number)
     return await picture_response(picture, width, "no-store")
 
 
 async def history(request: Request) -> Response:
     """The messages of the current episode, as models are shown them."""
-    dialogue = service_of(request).envs.dialogue(env_of(request))
+    service, number = service_of(request), env_of(request)
+    service.about(number)
+    dialogue = service.envs.dialogue(number)
     messages = dialogue.wire_json() if dialogue else b"[]"
     return Response(b'{"history_messages": ' + messages + b"}", media_type="application/json")
 
@@ -217,7 +227,7 @@ async def link(request: Request) -> Response:
 
 
 async def readyz(request: Request) -> Response:
-    """Whether a reset can be served now, and if not why."""
+    """Whether a reset can be served now, and if not why; with what makes it doubtful, such as boots that failed."""
     said = service_of(request).readiness()
     return JSONResponse(said, 200 if said["ready"] else 503)
 

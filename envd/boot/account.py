@@ -4,7 +4,8 @@ with."""
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import anyio
@@ -12,11 +13,13 @@ import anyio
 from ..drivers.base import Report
 from ..errors import BootFailed, BootTimeout, EnvdError
 from ..events import EventLog
-from ..models import Endpoints, Probe, ResetPath
-from .probes import Readiness
+from ..models import Endpoints, Probe, ProbeResult, ResetPath
+from .probes import Readiness, Watcher
 
 MOST_PHASES = 40
 """Of one boot. A driver may take them from what a guest writes, and a guest may restart for ever."""
+MOST_NOTES = 20
+"""Of one boot, the latest: whether the machine is emulated, that Chrome was started, …"""
 
 
 class BootWatcher(Protocol):
@@ -64,8 +67,8 @@ class Admission(Report):
 class BootAccount(Report):
     """Begins with the phase `begins`. Once `over`, what the driver still has to say is no longer about a job.
 
-    `readiness_of` makes the probes of a desktop at some endpoints, with a clone's frame or None; `limit` is the seconds
-    that the boot may take.
+    `readiness_of` makes the probes of a desktop, to be told to the first argument, at some endpoints, with a clone's
+    frame or None; `limit` is the seconds that the boot may take.
     """
 
     def __init__(
@@ -73,7 +76,7 @@ class BootAccount(Report):
         desktop_id: str,
         watcher: BootWatcher,
         events: EventLog,
-        readiness_of: Callable[[Endpoints, bytes | None], Readiness],
+        readiness_of: Callable[[Watcher, Endpoints, bytes | None], Readiness],
         limit: float,
         begins: str = "create",
     ) -> None:
@@ -84,6 +87,7 @@ class BootAccount(Report):
         self._limit = limit
         self._began = time.monotonic()
         self._phases: list[tuple[str, float]] = []
+        self._notes: deque[str] = deque(maxlen=MOST_NOTES)
         self._readiness: Readiness | None = None
         self.over = False
         self.phase(begins)
@@ -106,10 +110,14 @@ class BootAccount(Report):
         if self.over:
             self._events.publish("note", desktop_id=self._desktop_id, message=words)
         else:
+            self._notes.append(words)
             self._watcher.note(words)
 
+    def probed(self, probe: Probe) -> None:
+        self._watcher.probed(probe)
+
     async def ready(self, endpoints: Endpoints, frame: bytes | None = None) -> None:
-        self._readiness = self._readiness_of(endpoints, frame)
+        self._readiness = self._readiness_of(self, endpoints, frame)
         async with anyio.create_task_group() as tasks:
             tasks.start_soon(self._tell_progress, self._readiness)
             await self._readiness.wait()
@@ -131,13 +139,14 @@ class BootAccount(Report):
             "phase": phase,
             "phases": self._phase_seconds(),
             "probes": {name: f"{probe.result}: {probe.detail}" for name, probe in probes.items()},
+            "notes": list(self._notes),
             "log": list(log),
         }
         if isinstance(error, TimeoutError):
             missing = " and ".join(name for name, probe in probes.items() if not probe.passed) or "its instance"
             return BootTimeout(
                 f"Not ready after {self.seconds:.0f} s, in phase {phase}: still waiting for {missing}.",
-                hint="If it was still making progress, raise DOCKER_VM_READY_TIMEOUT; otherwise see the log lines.",
+                hint=_remedy(probes, self._limit),
                 **facts,
             )
         return boot_failure(error, facts)
@@ -148,6 +157,27 @@ class BootAccount(Report):
         for (name, at), end in zip(self._phases, ends, strict=True):
             spent[name] = round(spent.get(name, 0.0) + end - at, 3)
         return spent
+
+
+def _remedy(probes: Mapping[str, Probe], limit: float) -> str:
+    """What the last tries of the probes tell about a boot that took too long."""
+    if not probes:
+        return "The provider had not made the instance yet: the notes and log lines say what it waited for."
+    screen, chrome = probes["screenshot"], probes["chrome_cdp"]
+    if screen.passed:
+        return (
+            f"The desktop is there and Chrome's DevTools (port 9222 of the guest) are not: {chrome.detail}. The notes "
+            "tell whether the guest could start Chrome and the bridge to it; more time rarely helps."
+        )
+    if screen.result is ProbeResult.FAIL:
+        return (
+            f"The guest answers, and not with a usable desktop: {screen.detail}. That is the image's doing or its "
+            "settings'; more time rarely helps."
+        )
+    return (
+        "Nothing in the guest answered yet. If the log lines and notes show that it was still coming up, raise "
+        f"DOCKER_VM_READY_TIMEOUT (it is {limit:g} s); else they are where it stopped."
+    )
 
 
 def boot_failure(error: EnvdError, facts: dict[str, Any]) -> BootFailed:

@@ -8,6 +8,7 @@ a removal that fails is tried again until the driver confirms it, and what it ha
 from __future__ import annotations
 
 import asyncio
+import math
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
@@ -31,7 +32,7 @@ from ..settings import Settings
 from ..store import Kind, Store
 from .account import Admission, BootAccount, BootWatcher, boot_failure
 from .idling import Idling
-from .probes import Readiness
+from .probes import Readiness, Watcher
 
 logger = structlog.get_logger(__name__)
 
@@ -50,6 +51,8 @@ SLOW_LOOKS = 5
 """A spare that took longer than `LOOK` so many times in a row is given up. One that is refused is so at once."""
 SWEEP = 60.0
 """Seconds that a start waits at most until what an earlier life left is gone."""
+MOST_FAILED = 100
+"""Boots in a row that are counted."""
 RESET = "its env was reset"
 """Why a desktop is retired whose env has a newer one, or is about to."""
 ADOPTION = 30.0
@@ -67,6 +70,8 @@ class _Entry:
     lost: anyio.Event = field(default_factory=anyio.Event)
     monitor: anyio.CancelScope = field(default_factory=anyio.CancelScope)
     removing: bool = False
+    removing_since: float = math.inf
+    """On the monotonic clock."""
     idling: Idling | None = None
     """Once it is ready, if it is to be paused."""
     parked: bool = False
@@ -125,6 +130,8 @@ class Fleet:
         self._leaving = False
         self.goes_on: Callable[[KeptDesktop], bool] = lambda kept: False
         """Whether a desktop of an earlier life is still wanted."""
+        self.failed_boots: list[tuple[float, str]] = []
+        """When and with which code the latest boots failed, as far as none succeeded since."""
         self.on_lost: Callable[[Desktop, str], None] = lambda desktop, reason: None
         self.on_spares: Callable[[], None] = lambda: None
         """Told whenever there may be more or fewer of them."""
@@ -146,6 +153,12 @@ class Fleet:
 
     def desktops(self) -> tuple[Desktop, ...]:
         return tuple(entry.desktop for entry in self._entries.values())
+
+    @property
+    def removing_s(self) -> float:
+        """For how many seconds the desktop is being removed that is so longest; 0 when none is."""
+        since = min((entry.removing_since for entry in self._entries.values()), default=math.inf)
+        return max(0.0, time.monotonic() - since)
 
     def get(self, desktop_id: str) -> Desktop | None:
         entry = self._entries.get(desktop_id)
@@ -195,7 +208,9 @@ class Fleet:
             await self._ask(self.driver.admit(Admission(watcher)))
         except EnvdError as error:
             phases = {"admit": round(time.monotonic() - began, 3)}
-            raise boot_failure(error, {"phase": "admit", "phases": phases, "probes": {}, "log": []}) from error
+            raise boot_failure(
+                error, {"phase": "admit", "phases": phases, "probes": {}, "notes": [], "log": []}
+            ) from error
 
     async def boot(self, watcher: BootWatcher, old: str | None = None) -> Desktop:
         """A clean, ready desktop. Raises BootFailed, BootTimeout or InstanceDied with phase, probes and log.
@@ -236,14 +251,18 @@ class Fleet:
             async with probing:
                 # Whatever becomes of us, the next life knows of the instance before there is one.
                 await self._store.settle()
-                with anyio.fail_after(max(left, 0.0)):
+                with anyio.fail_after(max(left, 0.0)), structlog.contextvars.bound_contextvars(desktop_id=desktop.id):
                     made = await make(account)
             # Nothing is awaited from here on: a ready desktop of no env is a spare for whoever looks.
             self._set(entry, state=DesktopState.READY, endpoints=made.endpoints, ready_at=time.time(), chrome_cdp=True)
             self._let_idle(entry)
         except (EnvdError, TimeoutError) as error:
             self._set(entry, state=DesktopState.REMOVING)
-            raise account.explain(error, await self.log_tail(desktop.id)) from error
+            failure = account.explain(error, await self.log_tail(desktop.id))
+            self.failed_boots = [*self.failed_boots, (time.time(), failure.code)][-MOST_FAILED:]
+            raise failure from error
+        else:
+            self.failed_boots = []
         finally:
             account.over = True
             if entry.desktop.state is not DesktopState.READY:
@@ -268,7 +287,7 @@ class Fleet:
     def _account(
         self, desktop: Desktop, watcher: BootWatcher, probing: aiohttp.ClientSession, begins: str = "create"
     ) -> BootAccount:
-        readiness_of = partial(self._readiness, watcher, probing)
+        readiness_of = partial(self._readiness, probing)
         return BootAccount(desktop.id, watcher, self._events, readiness_of, self._settings.ready_timeout, begins)
 
     async def _make(self, desktop: Desktop, watcher: BootWatcher, account: BootAccount, old: str | None) -> Made:
@@ -308,7 +327,7 @@ class Fleet:
         return made
 
     def _readiness(
-        self, watcher: BootWatcher, session: aiohttp.ClientSession, endpoints: Endpoints, frame: bytes | None
+        self, session: aiohttp.ClientSession, watcher: Watcher, endpoints: Endpoints, frame: bytes | None
     ) -> Readiness:
         return Readiness(
             guest=Guest(session, endpoints.guest),
@@ -559,7 +578,7 @@ class Fleet:
         entry = self._entries.get(desktop_id)
         if entry is None or entry.removing or self._tasks is None or self._leaving:
             return
-        entry.removing = True
+        entry.removing, entry.removing_since = True, time.monotonic()
         self._set(entry, state=DesktopState.REMOVING)
         self._tasks.start_soon(self._remove, entry, why)
         self.on_spares()

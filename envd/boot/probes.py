@@ -87,7 +87,9 @@ class Readiness:
     _answered: anyio.Event = field(default_factory=anyio.Event)
 
     def __post_init__(self) -> None:
-        self.probes = {name: Probe(name=name) for name in ("screenshot", "chrome_cdp")}
+        self.probes = {
+            name: Probe(name=name, detail="the first try was not answered yet") for name in ("screenshot", "chrome_cdp")
+        }
 
     async def wait(self) -> None:
         async with anyio.create_task_group() as tasks:

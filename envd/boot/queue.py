@@ -27,6 +27,7 @@ import json
 import math
 import secrets
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -175,6 +176,17 @@ class _Progress:
         self.queue._update(self.ticket, "progress", {}, message=message)
 
 
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How busy the queue is. Waits and boots in seconds, 0 where there is none; of those who wait, spares, for which
+    nobody waits, have no wait."""
+
+    waiting: Counter[JobKind]
+    longest_wait: float
+    in_flight: Counter[ResetPath]
+    longest_boot: float
+
+
 class _Boot:
     """One boot in flight, for whichever job it serves now. Tells that job how it goes.
 
@@ -277,6 +289,9 @@ class BootQueue:
         self.pulse = Pulse(6 * BEAT)
         self.estimates = Estimates(settings.state_dir / "boots.json", fleet.driver.image)
         self._spares = Spares(settings.spares, fleet, self, events)
+        self.on_boot: Callable[[str, ResetPath, str, float], None] = lambda job_id, path, outcome, seconds: None
+        """Told of the end of each boot and restore: the job that it served then, how the desktop was had or was to be,
+        `ready`, `failed` or `cancelled`, and after how many seconds."""
         fleet.on_spares = self._stir
         fleet.on_spare_lost = self._spares.lost
 
@@ -537,6 +552,17 @@ class BootQueue:
     async def stirred(self) -> None:
         await self._wake.wait()
 
+    def load(self) -> Load:
+        """Counted, without a look at any job's place or prospects: there may be a thousand."""
+        now = time.monotonic()
+        began = (ticket.phase_began for ticket in self._waiting if ticket.job.kind is not JobKind.SPARE)
+        return Load(
+            waiting=Counter(ticket.job.kind for ticket in self._waiting),
+            longest_wait=max(0.0, now - min(began, default=now)),
+            in_flight=Counter(boot.path for boot in self._boots),
+            longest_boot=max((boot.elapsed for boot in self._boots), default=0.0),
+        )
+
     def active(self) -> tuple[Job, ...]:
         return tuple(self.get(job_id) for job_id in self._tickets)
 
@@ -716,6 +742,8 @@ class BootQueue:
             if desktop is None:
                 # The slot is held until the instance is confirmed gone: the next boot would share this host with it.
                 await self._fleet.gone(boot.desktop_id)
+        outcome = "ready" if desktop is not None else "failed" if failure is not None else "cancelled"
+        self.on_boot(boot.job_id, boot.path, outcome, boot.elapsed)
         return desktop, failure
 
     def _remember(self, boot: _Boot) -> None:
@@ -741,6 +769,10 @@ class BootQueue:
 
     async def _finish(self, ticket: _Ticket, desktop: Desktop | None, path: ResetPath) -> None:
         """From a clean desktop to the job's end."""
+        with structlog.contextvars.bound_contextvars(job_id=ticket.job.id, env=ticket.job.env):
+            await self._come_to_its_end(ticket, desktop, path)
+
+    async def _come_to_its_end(self, ticket: _Ticket, desktop: Desktop | None, path: ResetPath) -> None:
         if ticket.job.cancel_requested:
             if desktop is not None:
                 self._fleet.retire(desktop.id, "its job was cancelled")

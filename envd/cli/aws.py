@@ -4,16 +4,14 @@ it."""
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Annotated
 
 import typer
 
-from .common import Json, fail, talk
+from .common import Json, fail, talk, told
 
 app = typer.Typer(
-    help="Desktops on EC2: whether they can be launched, which there are, and the end of forgotten ones.",
+    help="Desktops on EC2: check, list, end what was forgotten.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -36,7 +34,7 @@ def check(as_json: Json = False) -> None:
     """
     from ..settings import load
 
-    with _told():
+    with told():
         from .aws_check import check as look
 
         settings = load()
@@ -53,10 +51,12 @@ def list_instances(as_json: Json = False) -> None:
     Examples:
       envd aws ls
       AWS_REGION=eu-west-3 envd aws ls --json
+
+    Exit codes: 0 it was told, 1 AWS did not let us look.
     """
     from ..settings import load
 
-    with _told():
+    with told():
         from .aws_gc import ls
 
         settings = load()
@@ -90,7 +90,7 @@ def gc(
     """
     from ..settings import load
 
-    with _told():
+    with told():
         from .aws_gc import Plan, end, show, survey
 
         settings = load()
@@ -109,14 +109,3 @@ def gc(
         if not typer.confirm(f"End {plans[0].number}?"):
             raise SystemExit(1)
     raise SystemExit(talk(end(settings, plans[0], dry_run=dry_run, as_json=as_json)))
-
-
-@contextmanager
-def _told() -> Iterator[None]:
-    """Errors of what is imported and loaded before there is a loop: a missing package, a bad setting."""
-    from ..errors import EnvdError
-
-    try:
-        yield
-    except EnvdError as error:
-        fail(error.detail, error.hint, 1)

@@ -22,11 +22,13 @@ from ..errors import (
     StillBooting,
     from_problem,
 )
-from ..models import Counts, Env, Event, Job, JobState, Model, StepResult, Verdict
+from ..models import Counts, Env, Event, Job, JobState, Lease, Model, StepResult, Verdict
 from .answers import Answer
 from .follow import follow, parsed_job
 from .handle import EnvHandle
-from .lease import TTL, held
+from .lease import TTL, held, under
+from .logs import PATH, Which, lines_of, query
+from .logs import follow as follow_logs
 from .saving import Into
 from .transport import Deadline, OnRetry, Resend, Transport
 
@@ -64,6 +66,15 @@ class Readiness(Model):
     ready: bool
     reasons: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+
+
+class Drain(Model):
+    """How far the end of the daemon is: `envs` are those that it waits for, for `left_s` seconds at most (None: nobody
+    asked for its end)."""
+
+    draining: bool
+    left_s: float | None = None
+    envs: tuple[int, ...] = ()
 
 
 class Client:
@@ -124,6 +135,11 @@ class Client:
         raised in its place.
         """
         return held(self, count, ttl_s=ttl_s, wait_s=wait_s, owner=owner)
+
+    def under(self, lease_id: str) -> Client:
+        """This client, saying with everything it asks that it does so under a lease which somebody else holds. Its
+        session is this one's. Raises SettingsError for what cannot be an id."""
+        return under(self, lease_id)
 
     # Jobs
 
@@ -277,12 +293,48 @@ class Client:
     async def queue(self, *, timeout: float | None = None) -> Queue:
         return _parsed(Queue, await self._get("/v1/queue", timeout))
 
+    async def alive(self, *, timeout: float | None = None) -> None:
+        """Return when the server's event loop has answered. Needs no token."""
+        await self._get("/livez", timeout)
+
     async def ready(self, *, timeout: float | None = None) -> Readiness:
         """Whether a reset can be served now. A server that says no does not raise; one that is not there does."""
         return _parsed(Readiness, await self._get("/readyz", timeout, accept=(503,)))
 
     async def version(self, *, timeout: float | None = None) -> dict[str, Any]:
         return (await self._get("/version", timeout)).object()
+
+    async def logs(self, *, timeout: float | None = None, **which: Unpack[Which]) -> list[dict[str, Any]]:
+        """The last lines of the server's log, oldest first: each has `event`, `level`, `timestamp` and what it is
+        about."""
+        return lines_of(await self._get(PATH, timeout, params=query(which)))
+
+    def follow_logs(
+        self, *, patience: float | None = None, on_retry: OnRetry | None = None, **which: Unpack[Which]
+    ) -> AsyncGenerator[dict[str, Any], None]:
+        """As `logs`, and then the lines that come, without end. Outlives dropped connections and restarts of the
+        daemon; `on_retry` is told of them. Who leaves the loop early should do so inside `contextlib.aclosing`."""
+        return follow_logs(self.http, query(which), patience=patience, on_retry=on_retry)
+
+    async def leases(self, *, timeout: float | None = None) -> list[Lease]:
+        """Those that are held, and those that wait. The ids of others' are cut short."""
+        return _parsed(_Leases, await self._get("/v1/leases", timeout)).leases
+
+    async def drain(self, limit_s: float | None = None, *, timeout: float | None = None) -> Drain:
+        """Have the daemon end once its episodes have been judged, after `limit_s` seconds at the latest (None: what
+        ENVD_DRAIN_LIMIT says). Asked again it changes that limit."""
+        answer = await self.http.request(
+            "POST",
+            "/v1/drain",
+            body={} if limit_s is None else {"limit_s": limit_s},
+            deadline=self._deadline(timeout),
+            attempt_timeout=ATTEMPT_SECONDS,
+        )
+        return _parsed(Drain, answer)
+
+    async def drained(self, *, timeout: float | None = None, patience: float | None = None) -> Drain:
+        """How far that is. A daemon that has ended is ServerUnreachable, once it was not heard of for `patience`."""
+        return _parsed(Drain, await self._get("/v1/drain", timeout, patience=patience))
 
     # Within
 
@@ -334,6 +386,10 @@ class _Jobs(Model):
 
 class _Envs(Model):
     envs: list[Env]
+
+
+class _Leases(Model):
+    leases: list[Lease]
 
 
 class _Episodes(Model):

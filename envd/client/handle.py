@@ -23,6 +23,10 @@ class EnvHandle:
     ) -> Job:
         return await self.client.reset(task, env=self.number, timeout=timeout, **limits)
 
+    async def submit(self, task: dict[str, Any] | None = None, **limits: Unpack[Limits]) -> Job:
+        """Ask for a reset and return its job at once."""
+        return await self.client.submit_reset(task, env=self.number, **limits)
+
     async def step(self, prediction: str, *, timeout: float | None = None) -> StepResult:
         """Do what the model said."""
         return await self.client.step(self.number, prediction=prediction, timeout=timeout)

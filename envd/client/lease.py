@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
@@ -12,7 +13,7 @@ import aiohttp
 import anyio
 from pydantic import ValidationError
 
-from ..errors import EnvdError, InfraError, LeaseOver, LeaseUnavailable, NotFound
+from ..errors import EnvdError, InfraError, LeaseOver, LeaseUnavailable, NotFound, SettingsError
 from ..models import Lease, LeaseState
 from .answers import Answer
 from .handle import EnvHandle
@@ -51,7 +52,7 @@ async def held(
 
             both.start_soon(hold)
             try:
-                yield [EnvHandle(_under(client, lease), env) for env in lease.envs]
+                yield [EnvHandle(under(client, lease.id), env) for env in lease.envs]
             except Exception as error:  # noqa: BLE001 - the block's own, raised again below: not in a group
                 failure = error
             both.cancel_scope.cancel()
@@ -141,10 +142,12 @@ def _parsed(answer: Answer) -> Lease:
         ) from error
 
 
-def _under(client: Client, lease: Lease) -> Client:
-    """The client, saying with everything it asks under which lease that is."""
+def under(client: Client, lease_id: str) -> Client:
+    """The client, saying with everything it asks under which lease that is. Raises SettingsError."""
+    if not re.fullmatch("[!-~]+", lease_id):
+        raise SettingsError(f"{lease_id!r} is no lease's id.", hint="POST /v1/leases answers it.")
     view = copy.copy(client)
-    view.http = _Under(client.http, lease.id)
+    view.http = _Under(client.http, lease_id)
     return view
 
 

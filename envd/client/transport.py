@@ -333,6 +333,7 @@ def _unreachable(url: str, request: str, error: Exception) -> ServerUnreachable:
         hint = f"Was envd restarted? Check {where} and envd's log."
     else:
         detail = f"{request} was answered with something that is not HTTP ({_words(error)})."
+    hint += f" `envd doctor --url {url}` says more."
     return ServerUnreachable(detail, hint=hint, outcome=outcome, host=host, port=port)
 
 

@@ -8,7 +8,7 @@ killed daemon) the instance can be found and removed by that id.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import ClassVar, Protocol, Self
@@ -134,6 +134,17 @@ class Traits:
     monitor_interval_s: float = 0.5
 
 
+@dataclass(frozen=True, slots=True)
+class Costs:
+    """What a provider that is paid by the hour is paid now, and was since this life of the daemon began; by type of
+    instance. Dollars are US dollars, without those types whose price is not known."""
+
+    instances: Mapping[str, int]
+    usd_per_hour: float
+    hours: Mapping[str, float]
+    usd: float
+
+
 class Driver(ABC):
     """Open with `async with`; leaving it closes connections but destroys nothing (the daemon decides that).
 
@@ -204,6 +215,10 @@ class Driver(ABC):
 
     def console(self, instance_id: str) -> Console | None:
         """The machine's own screen and input, where there is a way to them that was seen to work."""
+        return None
+
+    def costs(self) -> Costs | None:
+        """What the instances cost; None where nobody is paid for them."""
         return None
 
     @abstractmethod

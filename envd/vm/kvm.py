@@ -68,6 +68,19 @@ async def prove(state_dir: Path, qemu: str, run: Runner | None = None, *, device
     return found
 
 
+def known(state_dir: Path, *, device: Path = DEVICE) -> Kvm | None:
+    """What can be said without trying a guest: what the device itself shows, else what a proof since this host booted
+    showed, with whatever QEMU; None where there was none. Blocks."""
+    seen = look(device)
+    if seen is not None:
+        return seen
+    try:
+        boot, key = _BOOT_ID.read_text().strip(), str(json.loads((state_dir / _CACHE).read_text())["key"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return _kept(state_dir / _CACHE, key) if key.startswith(f"{boot} ") else None
+
+
 def look(device: Path = DEVICE) -> Kvm | None:
     """What can be said without a guest; None where one has to be tried. Blocks."""
     try:

@@ -14,6 +14,7 @@ ttl.py             the schedule at AWS that ends an instance when nobody prolong
 scheduler_role.py  the role as which the scheduler does that: found, or made
 budget.py          limits of number and price
 prices.py          what types cost
+meter.py           what they have cost in this life of the daemon
 sweep.py           what an earlier life or a failure left running, and its end
 check.py           `envd aws check`: whether all of that can work, with findings.py, check_account.py, check_network.py,
                    check_permissions.py, and reach.py for the rules of security groups

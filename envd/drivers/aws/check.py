@@ -15,17 +15,16 @@ from anyio.to_thread import run_sync
 from botocore.exceptions import BotoCoreError, NoCredentialsError
 
 from ...errors import CloudRefused, SettingsError
+from ...findings import Finding, Look
 from ...settings import Settings
 from .check_account import image, quota, ttl_role
 from .check_network import inbound, network
 from .check_permissions import Identity, permissions
 from .cloud import Cloud, open_cloud
-from .findings import Finding, Look, gather
+from .findings import gather
 from .metadata import about_this_host
 from .place import Place, find_place
 from .refusals import explain
-
-__all__ = ["Finding", "check"]
 
 KEYS = {
     "env": "keys from the environment",

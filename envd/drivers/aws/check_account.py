@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import AmiUnavailable, CloudRefused, NotAuthorized
+from ...findings import Finding
 from ...settings import Settings
 from .check_permissions import MAKES_ROLE, Identity, role_arn, simulate
 from .cloud import Cloud
-from .findings import Finding
 from .launch import ami_of
 from .refusals import MORE_OF, STANDARD_VCPUS
 from .scheduler_role import fault_in_trust

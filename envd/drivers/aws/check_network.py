@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...findings import Finding, Verdict
 from ...settings import Settings
 from .cloud import Cloud
-from .findings import Finding, Verdict
 from .metadata import HostFacts
 from .reach import WORLD, Rule, Source, opening, reaches, revoking, rules_of
 

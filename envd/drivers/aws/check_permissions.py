@@ -14,10 +14,11 @@ from functools import partial
 from typing import Any
 
 from ...errors import CloudRefused, NotAuthorized
+from ...findings import Finding, Look
 from ...settings import Settings
 from . import tags
 from .cloud import Cloud
-from .findings import Finding, Look, gather
+from .findings import gather
 from .launch import find_image, parameters
 from .place import Place
 from .scheduler_role import SCHEDULER

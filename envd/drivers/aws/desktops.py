@@ -19,13 +19,14 @@ import structlog
 from ...errors import BootFailed, CloudRefused, CloudUnreachable, InfraError, TtlUnavailable
 from ...models import Endpoints
 from ...settings import Settings
-from ..base import Death, InstanceSpec, Made, Report
+from ..base import Costs, Death, InstanceSpec, Made, Report
 from . import tags
 from .boot import narrate
 from .budget import Budget
 from .cloud import Cloud
 from .instances import ENDED, Instances, Seen
 from .launch import Image, launch
+from .meter import PAID, Meter
 from .place import Place
 from .refusals import early_end
 from .roots import replace_root
@@ -105,6 +106,7 @@ class Desktops:
         self._ttl = ttl
         self._instances = instances
         self._background = background
+        self._meter = Meter(budget)
         self.known: dict[str, Desktop] = {}
 
     def __contains__(self, one: object) -> bool:
@@ -126,6 +128,10 @@ class Desktops:
             if not desktop.launched.is_set() and desktop.instance_id not in mine and desktop.id not in mine
         ]
         return [seen.type for seen in there] + [self._settings.aws_instance_type] * len(launching)
+
+    def costs(self) -> Costs:
+        """Asked for now and then, it misses nothing but what came and went in between."""
+        return self._meter.look(seen.type for seen in self._instances if seen.state in PAID)
 
     # -- making -------------------------------------------------------------------------------------------------
 

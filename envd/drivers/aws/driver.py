@@ -17,7 +17,7 @@ import structlog
 
 from ...errors import BootFailed, CloudRefused, EnvdError, StartError
 from ...settings import Settings
-from ..base import Death, Driver, InstanceSpec, Made, Report, Traits
+from ..base import Costs, Death, Driver, InstanceSpec, Made, Report, Traits
 from .boot import console
 from .budget import Budget, load_prices
 from .cloud import Cloud, open_cloud
@@ -33,6 +33,8 @@ logger = structlog.get_logger(__name__)
 SWEEPS = 180.0
 """Seconds between two sweeps, and before the first: until then whoever opened the driver has said which instances of
 an earlier life are taken over, and has removed the others."""
+METER_LOOKS = 5.0
+"""Seconds between two looks at what costs."""
 TTL_LOOKS = 10.0
 """Seconds between two looks at whether an end must be put off."""
 TTL_LEFT = 0.5
@@ -104,7 +106,7 @@ class AwsDriver(Driver):
             instances,
             background,
         )
-        forever = [instances.run(), self._sweep(self._desktops)]
+        forever = [instances.run(), self._sweep(self._desktops), self._meter(self._desktops)]
         if ttl is not None:
             forever.append(self._prolong(self._desktops, ttl))
         self._periodic = [background.create_task(each) for each in forever]
@@ -157,6 +159,9 @@ class AwsDriver(Driver):
     async def destroy(self, instance_id: str) -> None:
         await self._opened.destroy(instance_id)
 
+    def costs(self) -> Costs | None:
+        return self._desktops.costs() if self._desktops is not None else None
+
     async def list(self) -> frozenset[str]:
         return await self._opened.list()
 
@@ -190,6 +195,11 @@ class AwsDriver(Driver):
                     )
             except CloudRefused as refusal:
                 logger.warning("cannot sweep", code=refusal.code, error=refusal.detail)
+
+    async def _meter(self, desktops: Desktops) -> None:
+        while True:
+            desktops.costs()
+            await anyio.sleep(METER_LOOKS)
 
     async def _prolong(self, desktops: Desktops, ttl: Ttl) -> None:
         while True:

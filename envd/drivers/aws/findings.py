@@ -1,53 +1,23 @@
-"""What the preflight finds, one thing at a time, and how several looks go on at once."""
+"""How several looks of the preflight go on at once, and what is said where AWS did not let one look."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Sequence
 
-import anyio
-
+from ... import findings
 from ...errors import EnvdError, NotAuthorized
+from ...findings import Finding, Look
 from .refusals import CHECK
 
 AT_ONCE = 8
 """Calls under way: few enough that no bucket of AWS's runs dry."""
-Verdict = Literal["ok", "warning", "failed", "unknown"]
-Look = Callable[[], Awaitable["list[Finding]"]]
-
-
-@dataclass(frozen=True)
-class Finding:
-    """`what` was looked at, as a few words; `detail` is a sentence of facts; `fix` a command or a setting, if there is
-    something to do. failed: no desktop will work. warning: one will, and something should be done. unknown: it could
-    not be looked at."""
-
-    what: str
-    verdict: Verdict
-    detail: str
-    fix: str = ""
 
 
 async def gather(looks: Sequence[tuple[str, Look]]) -> list[Finding]:
     """What all of them found, in their order. One that cannot look is an `unknown` of its name, and leaves the others
-    theirs."""
-    found: list[list[Finding]] = [[] for _ in looks]
-    bounded = anyio.CapacityLimiter(AT_ONCE)
-
-    async def one(index: int, what: str, look: Look) -> None:
-        async with bounded:
-            try:
-                found[index] = await look()
-            except EnvdError as error:
-                found[index] = [not_seen(what, error)]
-            except Exception as error:  # noqa: BLE001 - AWS answered in a form that is not known; the rest is still told
-                found[index] = [Finding(what, "unknown", f"AWS's answer was not understood: {error!r}")]
-
-    async with anyio.create_task_group() as tasks:
-        for index, (what, look) in enumerate(looks):
-            tasks.start_soon(one, index, what, look)
-    return [finding for some in found for finding in some]
+    theirs. Each call has a deadline of its own (`cloud.py`)."""
+    return await findings.gather(looks, told=_told, at_once=AT_ONCE, within=math.inf)
 
 
 def not_seen(what: str, error: EnvdError) -> Finding:
@@ -55,3 +25,10 @@ def not_seen(what: str, error: EnvdError) -> Finding:
         allow = f"Allow {error.facts.get('action', 'it')}, as deploy/aws/policy.json does."
         return Finding(what, "unknown", error.detail, allow)
     return Finding(what, "unknown", error.detail, "" if error.hint == CHECK else error.hint)
+
+
+def _told(what: str, error: Exception) -> Finding:
+    """AWS may answer in a form that is not known."""
+    if isinstance(error, EnvdError):
+        return not_seen(what, error)
+    return Finding(what, "unknown", f"AWS's answer was not understood: {error!r}")

@@ -36,6 +36,14 @@ export function verdictWords(verdict) {
   return { words, tone: "bad", why: [verdict.fault && `fault: ${verdict.fault}`, verdict.detail].filter(Boolean).join(". ") };
 }
 
+/** As `verdictWords`; the score of an earlier episode must not look like one of the episode that is played. */
+function verdictFor(env, latest) {
+  const verdict = verdictWords(latest);
+  if (!latest || latest.episode_id === env.episode?.id) return verdict;
+  const words = env.episode ? `none yet; before: ${verdict.words}` : `before: ${verdict.words}`;
+  return { words, tone: "idle", why: verdict.why };
+}
+
 const FILTERS = {
   all: () => true,
   playing: (state) => state === "playing",
@@ -197,7 +205,7 @@ class Card {
 
     setText(this.#desktop, desktop ? `${shortDesktop(desktop.id)}${episode ? ` · ${episode.reset_path}` : ""}` : "none");
     setAttribute(this.#desktop, "title", desktop?.id);
-    const verdict = verdictWords(this.#store.verdictOf.get(env.id));
+    const verdict = verdictFor(env, this.#store.verdictOf.get(env.id));
     setText(this.#verdict, verdict.words);
     setAttribute(this.#verdict, "data-tone", verdict.tone);
     setAttribute(this.#verdict, "title", verdict.why);

@@ -1,0 +1,37 @@
+"""What a request is about: its env, job, episode, desktop, lease and caller, noted by whoever comes to know them while
+it is served. Its line in the log has them all, and its answer's headers those that lead further."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
+Fact = str | int
+
+HEADERS = {"job_id": "Envd-Job", "env": "Envd-Env", "episode_id": "Envd-Episode", "desktop_id": "Envd-Desktop"}
+"""Of an answer, by the fact that each tells."""
+LONGEST = 200
+"""Characters of a fact."""
+
+_about: ContextVar[dict[str, Fact] | None] = ContextVar("about", default=None)
+
+
+@contextmanager
+def gathered() -> Iterator[dict[str, Fact]]:
+    """What is noted in the block, by it and by the tasks that it starts; it grows as it is noted."""
+    facts: dict[str, Fact] = {}
+    token = _about.set(facts)
+    try:
+        yield facts
+    finally:
+        _about.reset(token)
+
+
+def note(**facts: Fact | None) -> None:
+    """The request that is being served is about this. None is nothing new; without a request nothing happens."""
+    about = _about.get()
+    if about is not None:
+        about |= {
+            name: fact[:LONGEST] if isinstance(fact, str) else fact for name, fact in facts.items() if fact is not None
+        }
