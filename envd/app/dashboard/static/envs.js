@@ -26,14 +26,6 @@ function stateOf(env, failure) {
 }
 
 /** A score as a number; whatever went wrong as words. */
-// The score of an earlier episode must not look like one of the episode that is played.
-function verdictFor(env, latest) {
-  const verdict = verdictWords(latest);
-  if (!latest || latest.episode_id === env.episode?.id) return verdict;
-  const words = env.episode ? `none yet; before: ${verdict.words}` : `before: ${verdict.words}`;
-  return { words, tone: "idle", why: verdict.why };
-}
-
 export function verdictWords(verdict) {
   if (!verdict) return { words: "none yet", tone: "idle", why: "" };
   if (verdict.score !== null) {
@@ -42,6 +34,14 @@ export function verdictWords(verdict) {
   }
   const words = `no score: ${verdict.code ?? verdict.status}`;
   return { words, tone: "bad", why: [verdict.fault && `fault: ${verdict.fault}`, verdict.detail].filter(Boolean).join(". ") };
+}
+
+/** As `verdictWords`; the score of an earlier episode must not look like one of the episode that is played. */
+function verdictFor(env, latest) {
+  const verdict = verdictWords(latest);
+  if (!latest || latest.episode_id === env.episode?.id) return verdict;
+  const words = env.episode ? `none yet; before: ${verdict.words}` : `before: ${verdict.words}`;
+  return { words, tone: "idle", why: verdict.why };
 }
 
 const FILTERS = {
