@@ -15,10 +15,10 @@
 #   --uninstall   remove the service, its programs and its desktops; settings, tokens and state stay
 #   --purge       remove these too, and the user
 #
-# Debian 12 or later; Ubuntu 22.04 or later, but not for `local` desktops, since its Chromium is a snap.
+# It was tried on Debian 12. Ubuntu from 22.04 on has what it takes, too, but for `local` desktops: its Chromium is a snap.
 #
 #   /opt/envd/venv         link to the release that runs; the one before is kept beside it
-#   /etc/envd/envd.env     settings, NAME=VALUE; yours: written once, never changed
+#   /etc/envd/envd.env     settings, NAME=VALUE; yours: written once, and added to by --evaluators alone
 #   /etc/envd/tokens       who may use it: NAME SCOPE TOKEN; root's alone, the service gets it as a credential
 #   /var/lib/envd          what outlives the daemon;  /var/cache/envd  downloads
 set -euo pipefail
