@@ -225,15 +225,9 @@ make_release() {
   rm -rf "$release"
   install -d -m 755 "$prefix" "$prefix/releases"
   quietly "No virtual environment could be made." "$python" -m venv "$release"
-  # A copy, so that nothing is written into the checkout by root.
-  local copy
-  copy=$(mktemp -d)
-  trap 'rm -rf "$copy"' EXIT
-  (cd "$project" && cp -r envd pyproject.toml constraints.txt README.md LICENSE "$copy")
+  # Nothing is written into the checkout for that, which may be somebody else's.
   quietly "The Python packages could not be installed." "$release/bin/python" -m pip install \
-    --disable-pip-version-check --constraint "$copy/constraints.txt" "$copy[$extras]"
-  rm -rf "$copy"
-  trap - EXIT
+    --disable-pip-version-check --constraint "$project/constraints.txt" "$project[$extras]"
   "$release/bin/envd" version >/dev/null || fail "$release/bin/envd does not run."
   touch "$release/complete"
 }
@@ -285,12 +279,13 @@ install_unit() {
   case $provider in
   docker)
     if [ -e "$dropin" ]; then
+      say "removing $dropin"
       rm -f "$dropin"
       restart=yes changed=yes
     fi
     ;;
-  local | qemu) place "$project/deploy/envd.service.d/$provider.conf" "$dropin" ;;
-  *) place "$project/deploy/envd.service.d/without-docker.conf" "$dropin" ;;
+  local | qemu) place "$project/deploy/unit.d/$provider.conf" "$dropin" ;;
+  *) place "$project/deploy/unit.d/without-docker.conf" "$dropin" ;;
   esac
   if systemd_runs && [ "$restart" = yes ]; then systemctl daemon-reload; fi
 }
@@ -483,7 +478,7 @@ remove_desktops() {
     local containers
     containers=$(docker ps --all --quiet --filter "label=io.envd.daemon=$id" 2>/dev/null || true)
     if [ -n "$containers" ]; then
-      say "removing $(wc -w <<<"$containers") desktops"
+      say "removing desktops: $(wc -w <<<"$containers")"
       changed=yes
       # shellcheck disable=SC2086
       docker rm --force --volumes $containers >/dev/null

@@ -93,8 +93,11 @@ class ServiceHost:
 
     def fails(self, command: str, timeout: float = 60) -> str:
         """The same of a command that has to fail."""
-        words = docker("exec", self.name, "bash", "-c", f"! ({command})", timeout=timeout)
-        return words
+        return docker("exec", self.name, "bash", "-c", f"! ({command})", timeout=timeout)
+
+    def leave(self, command: str) -> None:
+        """Have a shell in there run it, and do not wait."""
+        docker("exec", "--detach", self.name, "bash", "-c", command)
 
     def write(self, path: str, text: str) -> None:
         subprocess.run(

@@ -32,7 +32,7 @@ from fake_server import (
 from serving import eventually
 from serving import serving as daemon
 
-from envd.client import Client
+from envd.client import Client, Drain
 from envd.client.sse import Message, SseParser
 from envd.client.transport import Backoff, Transport
 from envd.drivers.sim import Behaviour
@@ -45,6 +45,7 @@ from envd.errors import (
     JobCancelled,
     JobExpired,
     JobSuperseded,
+    Leased,
     NoEpisode,
     NotFound,
     QueueFull,
@@ -855,6 +856,35 @@ async def test_a_hundred_watchers_do_not_keep_a_call_waiting() -> None:
             await server.until(lambda: server.streams == 120)
             assert isinstance(await client.job("job-1", timeout=5), Job)
             server.advance("job-1", state=JobState.SUCCEEDED)
+
+
+async def test_a_drain_is_asked_for_followed_and_seen_to_its_end(tmp_path: Path) -> None:
+    async with process(tmp_path / "state") as (running, _), Client(running.url) as client:
+        await client.alive()
+        assert await client.drained() == Drain(draining=False)
+        await client.reset()
+        told = await client.drain(600)
+        assert (told.draining, told.envs) == (True, (0,))
+        assert told.left_s is not None
+        assert 500 < told.left_s <= 600
+        assert (await client.drain(0)).left_s == 0
+        await running.ended()
+        with pytest.raises(ServerUnreachable):
+            await client.drained(patience=0)
+
+
+async def test_a_lease_that_somebody_else_holds_is_played_under_by_its_id(tmp_path: Path) -> None:
+    async with process(tmp_path / "state") as (running, session), Client(running.url) as client:
+        async with session.post(f"{running.url}/v1/leases", json={"owner": "alice"}) as answer:
+            lease_id = (await answer.json())["id"]
+        [lease] = await client.leases()
+        assert (lease.owner, lease.envs) == ("alice", (0,))
+        with pytest.raises(Leased):
+            await client.submit_reset()
+        holder = client.under(lease_id)
+        assert (await holder.env(0).submit()).env == 0
+        with pytest.raises(SettingsError):
+            client.under("no id\n")
 
 
 async def test_closing_twice_is_fine() -> None:

@@ -45,7 +45,7 @@ def built(name: str, context: bytes | Path, *arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def image(tmp_path_factory: pytest.TempPathFactory) -> str:
+def image(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     if not base():
         pytest.skip("docker: no image debian:bookworm-slim or envd/base:bookworm; `make images` makes one")
     folder = tmp_path_factory.mktemp("base")
@@ -61,7 +61,9 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> str:
     context = subprocess.run(
         ["bash", "-c", command_of_guide("tar")], cwd=ROOT, capture_output=True, check=True, timeout=60
     ).stdout
-    return built("envd/test-daemon", context, "--file", "deploy/container/Dockerfile", "--build-arg", f"BASE={pinned}")
+    name = built("envd/test-daemon", context, "--file", "deploy/container/Dockerfile", "--build-arg", f"BASE={pinned}")
+    yield name
+    docker("image", "rm", name, pinned, check=False)
 
 
 def command_of_guide(program: str) -> str:

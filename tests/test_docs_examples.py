@@ -125,11 +125,7 @@ def around(served: DaemonProcess) -> dict[str, str]:
 
 
 NATIVE = [name for name in PAGES if not name.startswith("api-")]
-RUN = {
-    name: examples_of(PAGES[name].read())
-    for name in NATIVE
-    if name not in ("drivers", "zh-CN", "changelog") and not PAGES[name].note
-}
+RUN = {name: examples_of(PAGES[name].read()) for name in NATIVE if name != "drivers" and not PAGES[name].copied}
 
 
 @pytest.mark.parametrize("name", [name for name, found in RUN.items() if any(not one.reason for one in found)])

@@ -14,7 +14,7 @@ from serving import serving
 from envd.app.docs import openapi_document
 from envd.app.docs.generated import write
 from envd.app.docs.markdown import LANGUAGES, render, slug
-from envd.app.docs.pages import HERE, PAGES, Page, source_of, target_of
+from envd.app.docs.pages import COPIES, HERE, PAGES, Page, source_of, target_of
 from envd.app.docs.reference import examples, operations
 from envd.app.docs.site import policy_of, rendered
 from envd.app.openapi import TAGS
@@ -105,7 +105,15 @@ def test_every_link_leads_somewhere_in_the_repository_too(name: str) -> None:
             assert target_of(page, reference) or file.endswith(".svg") or not file.startswith(HERE), reference
 
 
-@pytest.mark.parametrize("file", ["README.md", "deploy/DOCKER.md", "deploy/aws/README.md"])
+GUIDES = (
+    "README.md",
+    "README.zh-CN.md",
+    "deploy/RUNBOOK.md",
+    *(f"deploy/{name}/README.md" for name in ("aws", "container", "proxy", "tunnel")),
+)
+
+
+@pytest.mark.parametrize("file", [*GUIDES, "deploy/DOCKER.md"])
 def test_links_of_guides_lead_somewhere(file: str) -> None:
     text = re.sub(r"```.*?```", "", (ROOT / file).read_text(), flags=re.DOTALL)
     found = [one for one in re.findall(r"\]\(([^)\s]+)\)", text) if not one.startswith("http")]
@@ -120,18 +128,21 @@ def test_links_of_guides_lead_somewhere(file: str) -> None:
 
 
 def test_pages_that_follow_from_the_code_are_as_make_docs_writes_them(tmp_path: Path) -> None:
-    write(tmp_path)
+    for folder in ("pages", "copies"):
+        (tmp_path / folder).mkdir()
+    write(tmp_path, ROOT)
+    made = {path.relative_to(tmp_path): path.read_text() for path in tmp_path.glob("*/*")}
+    docs = (ROOT / HERE).parent
     stale = [
-        path.name for path in sorted(tmp_path.iterdir()) if path.read_text() != (ROOT / HERE / path.name).read_text()
+        str(path) for path, text in made.items() if not (docs / path).exists() or (docs / path).read_text() != text
     ]
     assert stale == [], "run: make docs"
 
 
 def test_every_file_of_pages_is_a_page_or_a_picture_of_one() -> None:
-    files = {path.name for path in (ROOT / HERE).iterdir()}
-    assert files == {Path(page.source).name for page in PAGES.values() if page.source.startswith(HERE)} | {
-        "architecture.svg"
-    }
+    files = {str(path.relative_to(ROOT)) for folder in (HERE, COPIES) for path in (ROOT / folder).iterdir()}
+    pages = {f"{COPIES}/{page.name}.md" if page.copied else page.source for page in PAGES.values()}
+    assert files == pages | {f"{HERE}/architecture.svg"}
 
 
 def test_every_error_has_its_place() -> None:
@@ -167,8 +178,9 @@ def test_the_chinese_quick_start_has_commands_of_the_english_readme() -> None:
     assert len(blocks) >= 5
     lines = {line.strip() for line in pages.splitlines()}
     assert [line for block in blocks for line in block.splitlines() if line.strip() not in lines] == []
-    first, second = re.findall(r"```(?:sh|python)\n(.*?)```", readme, re.DOTALL)[:2]
-    assert blocks[:2] == [first, second]
+    start = re.findall(r"```(?:sh|python)\n(.*?)```", readme.partition("\n## ")[0], re.DOTALL)
+    assert len(start) >= 2
+    assert blocks[: len(start)] == start
     assert "README.zh-CN.md" in readme
 
 
@@ -204,6 +216,11 @@ PAGE = Page("quick-start", "Quick start", "Start", f"{HERE}/quick-start.md")
 )
 def test_markdown_becomes(markdown: str, html: str) -> None:
     assert render(PAGE, markdown).body.strip() == f"<p>{html}</p>"
+
+
+def test_comments_are_not_shown_but_in_code() -> None:
+    body = render(PAGE, "a\n\n<!-- b -->\n\n```sh\n# <!-- c -->\n```\n<!-- d -->\n").body
+    assert [letter for letter in "abcd" if re.search(rf"\b{letter}\b", re.sub("<[^>]*>", "", body))] == ["a", "c"]
 
 
 def test_an_example_that_no_test_runs_says_why() -> None:

@@ -374,6 +374,23 @@ def test_what_is_not_set_here_is_looked_at_as_the_daemon_has_it(tmp_path: Path) 
     assert "; ENVD_TOKEN; without TLS" in admitted.detail
 
 
+def test_a_daemon_that_others_reach_has_tokens_wherever_they_are() -> None:
+    told = {"ENVD_HOST": {"value": "0.0.0.0"}, "ENVD_PORT": {"value": 15001}}
+    daemon = Daemon("http://127.0.0.1:15001", __version__, "sim", None, told, None)
+    found = serving.access_of_daemon(load({}, None), {}, daemon)
+    assert found.verdict == "ok"
+    assert "credentials" in found.detail
+
+
+async def test_desktops_at_aws_are_looked_at_as_the_preflight_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    place, rest = await desktops.aws(Here(settings(tmp_path, provider="aws"), None, ""))
+    assert (place.what, place.verdict, rest.verdict) == ("place", "failed", "unknown")
+    assert "AWS_REGION" in place.fix
+
+
 def test_settings_of_another_version_that_cannot_be_used_are_left(tmp_path: Path) -> None:
     odd = {"ENVD_ENVS": {"value": "many", "origin": "environment"}, "ENVD_NEW": {"value": 1, "origin": "environment"}}
     daemon = Daemon("http://127.0.0.1:15001", "9.9.9", "sim", None, odd, None)
@@ -515,6 +532,13 @@ async def test_an_image_that_is_not_here_is_told_with_the_command_that_gets_it(t
     assert (found["image"].verdict, found["image"].fix) == ("failed", "envd images pull example.invalid/no:such")
 
 
+@pytest.mark.docker
+async def test_an_image_that_the_start_pulls_is_no_failure(tmp_path: Path) -> None:
+    chosen = settings(tmp_path, provider="docker", docker_image="example.invalid/no:such", pull="missing")
+    found = {one.what: one for one in await desktops.docker(Here(chosen, None, ""))}
+    assert (found["image"].verdict, "the next start pulls it" in found["image"].detail) == ("warning", True)
+
+
 async def test_without_qemu_its_packages_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     disk = tmp_path / "disk.qcow2"
@@ -633,6 +657,12 @@ def test_what_binds_is_what_runs_out_first(tmp_path: Path, available: float, dis
     found = capacity_of(settings(tmp_path), Need(GIB, "measured", disk=2 * GIB), memory, disk_free * GIB)
     assert found.verdict == "ok"
     assert found.detail.startswith(words)
+
+
+def test_a_disk_that_is_not_seen_binds_nothing(tmp_path: Path) -> None:
+    memory = Memory(limit=16 * GIB, available=int(10.5 * GIB))
+    found = capacity_of(settings(tmp_path), Need(GIB, "measured", disk=2 * GIB), memory, None)
+    assert found.detail.startswith("room for 10 more, memory binds")
 
 
 def test_the_first_of_a_template_takes_more(tmp_path: Path) -> None:

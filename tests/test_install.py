@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shutil
-import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import aiohttp
-import anyio
 import pytest
 from service_host import ROOT, ServiceHost, base, service_host
 from test_tunnel import Node, answers, free_port, needs_sshd, node, plays
@@ -19,7 +17,10 @@ import envd
 
 INSTALL = "/src/deploy/install.sh"
 SOCKET = Path("/var/run/docker.sock")
-FILES = "find /etc/envd /etc/systemd/system /opt/envd /usr/local/bin /var/lib/envd -maxdepth 3 -printf '%p %m %u %T@ %l\\n' 2>/dev/null | grep -v -e journal -e __pycache__ | sort"
+FILES = """
+find /etc/envd /etc/systemd/system /opt/envd /usr/local/bin /var/lib/envd -maxdepth 3 -printf '%p %m %u %T@ %l\n' |
+    grep -v -e journal -e __pycache__ | sort
+"""
 """What an installation is made of, with modes, owners and times."""
 TOKEN = "sed -n 's/^admin admin //p' /etc/envd/tokens"
 
@@ -105,8 +106,9 @@ async def test_an_update_replaces_it_and_keeps_what_is_yours(host: ServiceHost, 
 
     before, jobs = kept(), await _jobs(host, port)
     old = host.run("readlink /opt/envd/venv").strip()
-    newer = "mkdir -p /root/newer && cp -r /src/envd /src/deploy /src/pyproject.toml /src/constraints.txt /src/README.md /src/LICENSE /root/newer"
-    host.run(f"{newer} && sed -i 's/^__version__ = .*/__version__ = \"9.9\"/' /root/newer/envd/__init__.py")
+    copied = "envd deploy pyproject.toml constraints.txt README.md LICENSE"
+    host.run(f"mkdir -p /root/newer && cd /src && cp -r {copied} /root/newer")
+    host.run("sed -i 's/^__version__ = .*/__version__ = \"9.9\"/' /root/newer/envd/__init__.py")
     host.run("sed -i 's/^version = .*/version = \"9.9\"/' /root/newer/pyproject.toml")
     said = host.run("/root/newer/deploy/install.sh", timeout=400)
     assert "stopping the running one" in said
@@ -171,48 +173,67 @@ def _set_up_tunnel(host: ServiceHost, port: int, cluster: Node) -> None:
     host.run("chmod 600 /etc/envd/tunnel-key")
 
 
-async def test_it_goes_as_it_came(host: ServiceHost) -> None:
+async def test_another_provider_is_had_by_the_settings_file_and_a_second_run(host: ServiceHost, port: int) -> None:
+    """local: its packages are installed, and the unit lets its sandboxes be."""
+    host.run("sed -i 's/^PROVIDER=.*/PROVIDER=local/' /etc/envd/envd.env")
+    said = host.run(INSTALL, timeout=550)
+    assert "writing /etc/systemd/system/envd.service.d/provider.conf" in said
+    assert "envd runs, and is ready" in said
+    async with session(host) as http:
+        await plays(http, f"http://127.0.0.1:{port}")
+
+
+def ours(host: ServiceHost, owner: str) -> list[str]:
+    """The containers of its daemon."""
+    return host.run(f"docker ps --all --quiet --filter label=io.envd.daemon={owner}").split()
+
+
+async def test_docker_desktops_outlive_a_restart_of_the_service(host: ServiceHost, port: int) -> None:
+    """Through the engine of the host that this one is on."""
+    host.run(f"getent group docker || groupadd --gid $(stat -c %g {SOCKET}) docker")
+    host.run("sed -i 's/^PROVIDER=.*/PROVIDER=docker/' /etc/envd/envd.env")
+    host.run("echo ENVD_DOCKER_IMAGE=envd/desktop >>/etc/envd/envd.env")
+    said = installed(host)
+    assert "removing /etc/systemd/system/envd.service.d/provider.conf" in said
+    assert "envd runs, and is ready" in said
+    url, owner = f"http://127.0.0.1:{port}", host.run("cat /var/lib/envd/daemon-id").strip()
+    async with session(host) as http:
+        await plays(http, url)
+        desktops = ours(host, owner)
+        assert len(desktops) == 1
+        # A new start takes it over.
+        host.run("systemctl restart envd")
+        await becomes_ready(http, url)
+        async with http.post(f"{url}/v1/envs/0/step", json={"actions": ["pyautogui.click(30, 40)"]}) as answer:
+            assert answer.status == 200, await answer.text()
+    assert ours(host, owner) == desktops
+
+
+def test_it_goes_as_it_came_and_its_desktops_with_it(host: ServiceHost) -> None:
+    owner = host.run("cat /var/lib/envd/daemon-id").strip()
     said = installed(host, "--uninstall")
     assert "removing the service" in said
+    assert "removing desktops: 1" in said
+    assert ours(host, owner) == []
     assert "kept: /etc/envd /var/lib/envd /var/cache/envd" in said
     assert host.run("systemctl is-active envd", check=False).strip() == "inactive"
     assert "nothing was changed" in installed(host, "--uninstall")
     assert "removing the user envd" in installed(host, "--uninstall --purge")
     paths = "/etc/envd /opt/envd /var/lib/envd /var/cache/envd /usr/local/bin/envd /etc/systemd/system/envd.service*"
-    assert host.run(f"ls -d {paths} 2>/dev/null; id envd", check=False).strip() == "id: ‘envd’: no such user"
+    assert host.run(f"ls -d {paths} 2>/dev/null; getent passwd envd", check=False) == ""
     assert installed(host, "--uninstall").strip() == "install: envd is not installed here; nothing was changed"
 
 
-async def test_docker_desktops_are_served_and_go_with_it(host: ServiceHost) -> None:
-    """Through the engine of the host that this one is on."""
-    port = free_port()
-    group = SOCKET.stat().st_gid
-    host.run(f"getent group docker || groupadd --gid {group} docker")
-    said = installed(host, "--host 127.0.0.1", f"--port {port}")
-    assert "envd runs, and is ready" in said
-    url = f"http://127.0.0.1:{port}"
-    ours = f"docker ps --quiet --filter label=io.envd.daemon={host.run('cat /var/lib/envd/daemon-id').strip()}"
-    async with session(host) as http:
-        await plays(http, url)
-        [desktop] = host.run(ours).split()
-        # A new start takes it over.
-        host.run("systemctl restart envd")
-        with anyio.fail_after(30):
-            while not await _ready(http, url):
-                await anyio.sleep(0.1)
-        async with http.post(f"{url}/v1/envs/0/step", json={"actions": ["pyautogui.click(30, 40)"]}) as answer:
-            assert answer.status == 200, await answer.text()
-        assert host.run(ours).split() == [desktop]
-    assert "removing 1 desktops" in installed(host, "--uninstall --purge")
-    assert host.run(ours).split() == []
-
-
-async def _ready(http: aiohttp.ClientSession, url: str) -> bool:
-    try:
-        async with http.get(f"{url}/readyz") as answer:
-            return answer.status == 200
-    except aiohttp.ClientConnectionError:
-        return False
+async def becomes_ready(http: aiohttp.ClientSession, url: str) -> None:
+    async with asyncio.timeout(30):
+        while True:
+            try:
+                async with http.get(f"{url}/readyz") as answer:
+                    if answer.status == 200:
+                        return
+            except aiohttp.ClientConnectionError:
+                pass
+            await asyncio.sleep(0.1)
 
 
 async def test_without_systemd_it_installs_and_says_how_to_start() -> None:
@@ -223,14 +244,11 @@ async def test_without_systemd_it_installs_and_says_how_to_start() -> None:
         said = bare.run(f"{INSTALL} --provider sim --host 127.0.0.1 --port {port}", timeout=400)
         assert "systemd does not run here, so envd was not started" in said
         # Enabled, for when this system boots.
-        assert bare.run("ls /etc/systemd/system/multi-user.target.wants").split() == ["envd.service"]
+        bare.run("test -L /etc/systemd/system/multi-user.target.wants/envd.service")
         [command] = re.findall(r"By hand: sudo (.*)", said)
-        subprocess.run(["docker", "exec", "--detach", bare.name, "bash", "-c", command], check=True, timeout=30)
+        bare.leave(command)
         async with session(bare) as http:
-            deadline = time.monotonic() + 30
-            while not await _ready(http, f"http://127.0.0.1:{port}"):
-                assert time.monotonic() < deadline
-                await anyio.sleep(0.1)
+            await becomes_ready(http, f"http://127.0.0.1:{port}")
             await plays(http, f"http://127.0.0.1:{port}")
 
 

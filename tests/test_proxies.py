@@ -14,6 +14,7 @@ import subprocess
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import pytest
 from certificates import Certificate, certificate
 from serving import Served, serving
 
+from envd.client.sse import Message
 from envd.drivers.sim import Behaviour
 from envd.settings import load
 
@@ -119,7 +121,7 @@ async def proxied(
 async def _listens(port: int, process: asyncio.subprocess.Process, log: Path) -> None:
     async with asyncio.timeout(TO_START):
         while True:
-            assert process.returncode is None, log.read_text()
+            assert process.returncode is None, await asyncio.to_thread(log.read_text)
             try:
                 _, writer = await asyncio.open_connection("127.0.0.1", port)
             except OSError:
@@ -146,6 +148,10 @@ def client(signed: Certificate, address: str = "127.0.0.1") -> aiohttp.ClientSes
     return aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=60))
 
 
+def _is_of(job_id: str, message: Message) -> bool:
+    return bool(json.loads(message.data).get("job", {}).get("id") == job_id)
+
+
 async def test_events_come_one_by_one(program: str, signed: Certificate, tmp_path: Path) -> None:
     async with (
         serving(Behaviour(boot_s=3600), hosts=(NAME,), proxies=("127.0.0.1",), insecure=True) as served,
@@ -157,9 +163,7 @@ async def test_events_come_one_by_one(program: str, signed: Certificate, tmp_pat
             # Each is read before the next one can happen: what held them back would never let go.
             status, job = await served.post("/v1/envs/0/reset", {})
             assert status == 202
-            await reader.until(
-                lambda message, made=job["id"]: json.loads(message.data).get("job", {}).get("id") == made
-            )
+            await reader.until(partial(_is_of, job["id"]))
 
 
 async def test_a_reset_may_take_as_long_as_old_clients_wait(program: str, signed: Certificate, tmp_path: Path) -> None:

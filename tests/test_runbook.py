@@ -5,14 +5,14 @@ A comment behind each block tells how it is run:
     run: trainer          by a shell of this machine, against a daemon with sim desktops
     run: host             by root, where the installer has made a service of it (a container with systemd)
     run: nowhere          with an address that nobody has
-    run: sets             it sets what the others need, which the tests set themselves
+    run: first            before each of the others, in the same shell
     for: SECONDS          it goes on until it is stopped; else it has to end well
     fails                 it has to fail
     shows: WORDS          what it prints has these words
     playing; after: …     what is the case before: an episode; a crash, a reset, a change
     not run: REASON       and the line behind it tells the reader so
 
-In the blocks HOST is this host, and 15001 the port that the daemon has here.
+In the blocks HOST is this host, 15001 the port that the daemon has here, and … a token.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
-import anyio
 import pytest
 from daemon_process import daemon, ended_job, reset
 from service_host import ROOT, ServiceHost, base, docker, service_host
-from test_install import INSTALL, SOCKET, docker_command
+from serving import eventually
+from test_install import INSTALL, SOCKET, becomes_ready, docker_command
 from test_tunnel import free_port, plays
 
 RUNBOOK = ROOT / "deploy" / "RUNBOOK.md"
@@ -64,10 +64,10 @@ class Block:
     def where(self) -> str:
         return self.facts.get("run", "")
 
-    def script(self, url: str) -> str:
+    def script(self, url: str, token: str) -> str:
         address, _, port = url.removeprefix("http://").rpartition(":")
-        text = self.text.replace("HOST", address).replace("15001", port)
-        return f"set -euo pipefail; export ENVD_URL={url}\n{text}"
+        text = "\n".join(block.text for block in BLOCKS if block.where == "first") + "\n" + self.text
+        return "set -euo pipefail\n" + text.replace("HOST", address).replace("15001", port).replace("…", token)
 
 
 def blocks() -> list[Block]:
@@ -97,13 +97,8 @@ def test_every_block_is_run_or_says_why_not(block: Block) -> None:
         assert len(block.told) > len("not run: ")
         assert re.match(r"\*\(Not run .*by our tests", block.behind), "a reader is not told"
     else:
-        assert block.where in ("trainer", "host", "nowhere", "sets"), f"nothing says how it is run: {block.text}"
+        assert block.where in ("trainer", "host", "nowhere", "first"), f"nothing says how it is run: {block.text}"
         assert set(block.facts) <= {"run", "for", "fails", "shows", "playing", "after"}
-
-
-def test_no_link_leads_nowhere() -> None:
-    for target in re.findall(r"\]\(([^)#]+)", RUNBOOK.read_text()):
-        assert (RUNBOOK.parent / target).exists(), target
 
 
 # -- on a trainer's node ------------------------------------------------------------------------------------------
@@ -124,9 +119,9 @@ async def ran(block: Block, url: str, folder: Path) -> None:
     """By a shell, with what the comment behind it promises."""
     mine = {name: value for name, value in os.environ.items() if not name.startswith("ENVD_")}
     process = await asyncio.create_subprocess_exec(
-        *("bash", "-c", block.script(url)),
+        *("bash", "-c", block.script(url, TOKEN)),
         cwd=folder,
-        env=mine | {"PATH": f"{folder}/bin:{os.environ['PATH']}", "ENVD_TOKEN": TOKEN},
+        env=mine | {"PATH": f"{folder}/bin:{os.environ['PATH']}"},
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.STDOUT,
@@ -154,8 +149,9 @@ def shown(block: Block, said: str) -> None:
     assert compact(block.facts.get("shows", "")) in compact(said), said
 
 
+@pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("block", those("trainer"))
-async def test_it_can_be_run_on_a_trainers_node(block: Block, tmp_path: Path, programs: Path) -> None:
+async def test_it_can_be_run_on_a_trainers_node(block: Block, tmp_path: Path) -> None:
     settings = {"ENVD_TOKEN": TOKEN, "ENVD_SIM": "vnc"}
     async with daemon(tmp_path / "state", env=settings) as (running, session):
         session.headers["Authorization"] = f"Bearer {TOKEN}"
@@ -164,6 +160,7 @@ async def test_it_can_be_run_on_a_trainers_node(block: Block, tmp_path: Path, pr
         await ran(block, running.url, tmp_path)
 
 
+@pytest.mark.usefixtures("programs")
 @pytest.mark.parametrize("block", those("nowhere"))
 async def test_it_can_be_run_where_nobody_answers(block: Block, tmp_path: Path) -> None:
     await ran(block, f"http://{NOBODY}:15001", tmp_path)
@@ -201,15 +198,8 @@ async def serves(host: ServiceHost, url: str) -> None:
     while "active" not in host.run("systemctl is-active envd", check=False).split():
         host.run("systemctl start envd", check=False)
         assert time.monotonic() < deadline
-    async with aiohttp.ClientSession() as session, asyncio.timeout(WITHIN):
-        while True:
-            try:
-                async with session.get(f"{url}/readyz") as answer:
-                    if answer.status == 200:
-                        return
-            except aiohttp.ClientConnectionError:
-                pass
-            await anyio.sleep(0.1)
+    async with aiohttp.ClientSession() as session:
+        await becomes_ready(session, url)
 
 
 @pytest.mark.docker
@@ -227,8 +217,8 @@ async def test_it_can_be_run_on_the_host(block: Block, host: tuple[ServiceHost, 
         if before == "crash":
             made.run("kill -KILL $(systemctl show -p MainPID --value envd)")
             await _again(made, url)
-    token = "ENVD_TOKEN=$(sed -n 's/^admin admin //p' /etc/envd/tokens)"
-    script = f"cd /src; export {token}; {block.script(url)}"
+    token = "$(sed -n 's/^admin admin //p' /etc/envd/tokens)"
+    script = f"cd /src; {block.script(url, token)}"
     if seconds := block.facts.get("for"):
         said = docker("exec", made.name, "timeout", seconds, "bash", "-c", script, check=False)
     else:
@@ -238,7 +228,5 @@ async def test_it_can_be_run_on_the_host(block: Block, host: tuple[ServiceHost, 
 
 async def _again(host: ServiceHost, url: str) -> None:
     """Once systemd has started it again."""
-    with anyio.fail_after(WITHIN):
-        while host.run("systemctl show -p NRestarts --value envd").strip() == "0":
-            await anyio.sleep(0.1)
+    await eventually(lambda: host.run("systemctl show -p NRestarts --value envd").strip() != "0", WITHIN)
     await serves(host, url)

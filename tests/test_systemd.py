@@ -20,8 +20,11 @@ from daemon_process import daemon
 from envd.systemd import Notifier, Pulse
 
 UNIT = Path(__file__).parent.parent / "deploy" / "envd.service"
+PROVIDERS = UNIT.parent / "unit.d"
 EXPOSURE = 20
 """Tenths of systemd's points: 10 is a service without any protection."""
+EXPOSURES = {"without-docker": EXPOSURE, "local": 30, "qemu": 30}
+"""The same with what a provider needs."""
 STUCK = """
 from envd.boot.queue import BootQueue
 import anyio
@@ -122,20 +125,36 @@ def test_a_pulse_that_stopped_is_seen() -> None:
 systemd = pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="no systemd-analyze on this machine")
 
 
-@systemd
-def test_the_unit_is_one_that_systemd_takes(tmp_path: Path) -> None:
-    unit = tmp_path / UNIT.name
-    program = tmp_path / "envd"
+def placed(folder: Path, drop_in: str) -> Path:
+    """The unit as it is installed for a provider, with a program that is there."""
+    unit, program = folder / UNIT.name, folder / "envd"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
     unit.write_text(re.sub(r"(?m)^ExecStart=\S+", f"ExecStart={program}", UNIT.read_text()))
+    if drop_in:
+        beside = folder / f"{UNIT.name}.d"
+        beside.mkdir()
+        (beside / "provider.conf").write_text((PROVIDERS / f"{drop_in}.conf").read_text())
+    return unit
+
+
+@systemd
+@pytest.mark.parametrize("drop_in", ["", *EXPOSURES])
+def test_the_unit_is_one_that_systemd_takes(tmp_path: Path, drop_in: str) -> None:
+    unit = placed(tmp_path, drop_in)
     done = subprocess.run(["systemd-analyze", "verify", unit], capture_output=True, text=True, check=False, timeout=60)
-    ours = [line for line in (done.stdout + done.stderr).splitlines() if UNIT.name in line]
+    ours = [line for line in (done.stdout + done.stderr).splitlines() if UNIT.name in line or "provider.conf" in line]
     assert (done.returncode, ours) == (0, [])
 
 
 @systemd
-def test_the_unit_exposes_little() -> None:
-    command = ["systemd-analyze", "security", "--offline=true", f"--threshold={EXPOSURE}", str(UNIT)]
+@pytest.mark.parametrize("drop_in", ["", *EXPOSURES])
+def test_the_unit_exposes_little(tmp_path: Path, drop_in: str) -> None:
+    most = EXPOSURES.get(drop_in, EXPOSURE)
+    command = ["systemd-analyze", "security", "--offline=true", f"--threshold={most}", str(placed(tmp_path, drop_in))]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stdout[-300:]
+
+
+def test_every_drop_in_is_looked_at() -> None:
+    assert {path.stem for path in PROVIDERS.iterdir()} == set(EXPOSURES)

@@ -19,6 +19,7 @@ from typing import Any
 import aiohttp
 import pytest
 from daemon_process import daemon, ended_job, reset
+from serving import eventually
 
 TUNNEL = Path(__file__).parent.parent / "deploy" / "tunnel"
 UNIT = TUNNEL / "envd-tunnel.service"
@@ -95,16 +96,19 @@ class Node:
         self._config.write_text("\n".join(lines) + "\n")
         self._log = folder / "sshd.log"
         self._process: asyncio.subprocess.Process | None = None
-
-    async def up(self) -> None:
         if os.geteuid() == 0:
             Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)  # as its unit does
+
+    async def up(self) -> None:
         assert SSHD is not None
         with self._log.open("ab") as log:
             self._process = await asyncio.create_subprocess_exec(
                 SSHD, "-D", "-e", "-f", str(self._config), stdout=log, stderr=log, start_new_session=True
             )
-        await answers(self.port, lambda: self._log.read_text())
+        await answers(self.port, self.log)
+
+    def log(self) -> str:
+        return self._log.read_text()
 
     async def down(self) -> None:
         """It and its connections, at once."""
@@ -220,27 +224,25 @@ async def test_an_episode_is_played_through_it_and_it_comes_back(tmp_path: Path,
         tunnel(cluster, running.url) as supervisor,
     ):
         url = f"http://127.0.0.1:{cluster.listen}"
-        await answers(cluster.listen, lambda: cluster._log.read_text())
+        await answers(cluster.listen, cluster.log)
         await plays(session, url)
 
         assert supervisor.process is not None
         supervisor.process.kill()
         await _again(supervisor, 1)
-        await answers(cluster.listen, lambda: cluster._log.read_text())
+        await answers(cluster.listen, cluster.log)
         await plays(session, url)
 
         before = supervisor.ends
         await cluster.down()
         await _again(supervisor, before + 1)
         await cluster.up()
-        await answers(cluster.listen, lambda: cluster._log.read_text())
+        await answers(cluster.listen, cluster.log)
         await plays(session, url)
 
 
 async def _again(supervisor: Supervisor, ends: int) -> None:
-    async with asyncio.timeout(WITHIN):
-        while supervisor.ends < ends:
-            await asyncio.sleep(0.02)
+    await eventually(lambda: supervisor.ends >= ends, WITHIN)
 
 
 @needs_sshd

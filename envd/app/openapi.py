@@ -71,12 +71,16 @@ SUMMARIES: dict[tuple[str, str], str] = {
     ("/v1/leases", "POST"): "Lease `count` envs, all or none.",
     ("/v1/leases/{lease}", "GET"): "The lease, or its next version.",
     ("/v1/leases/{lease}", "DELETE"): "Release the lease; repeatable.",
+    ("/v1/logs", "GET"): "The last lines of the log, and those that follow.",
+    ("/v1/envs/{env}/screenshot", "GET"): "The screen as it is now.",
+    ("/v1/episodes/{episode}/frames/{frame}", "GET"): "The picture that was taken after a step of an episode.",
     ("/v1/drain", "GET"): "How far the draining is.",
     ("/v1/envs/{env}/files", "GET"): "Stream a file of the desktop.",
     ("/v1/envs/{env}/files", "PUT"): "Store a file in the desktop.",
     ("/v1/envs/{env}/cdp/{path}", "PUT"): "Command Chrome, as its DevTools take it.",
 }
-"""Of what one function does for several methods, whose docstring tells of all of them."""
+"""Of what one function does for several methods, whose docstring tells of all of them; and where its first sentence is
+long."""
 _TASK: Schema = {
     "id": "greeting",
     "instruction": "Write hello into greeting.txt in your home folder.",
@@ -320,6 +324,14 @@ MEANINGS: dict[str, str] = {
     "wait": "Seconds that the answer may wait for that, at most 60.",
     "state": "Only jobs in this state.",
     "slot_id": "Number of the env, from 0.",
+    "frame": "Number of the step after which it was taken; 0 is the first observation.",
+    "width": "Pixels across, at most: a smaller JPEG instead of the picture as it was taken.",
+    "file": "Name of the part, as the page asks for it.",
+    "stats": "1: with samples of the host, and whole envs.",
+    "level": "No line below it.",
+    "since": "Unix seconds: no line that is older.",
+    "limit": "The newest so many lines, 5,000 at most; default 200.",
+    "follow": "1: go on with the lines that come.",
     "last_event_id": "As `Last-Event-ID`, for those who can set no header.",
     "Last-Event-ID": "Id of the last event that was seen: what came after it is sent.",
     "If-None-Match": "An `ETag`: 304 while the job is as it was then.",
@@ -329,6 +341,11 @@ MEANINGS: dict[str, str] = {
     "Prefer": "`wait=SECONDS`: answer once the job has ended, or after so many seconds, 60 at most.",
 }
 """What parameters are for, by name; `path` is told by each operation."""
+MEANINGS_OF: dict[tuple[str, str], str] = {
+    ("/v1/logs", "after"): "The line that was read last: what came after it.",
+    ("/v1/episodes/{episode}/steps", "after"): "Number of a step: what follows it.",
+}
+"""Where one of that name means something else."""
 IN_PATH: dict[str, Schema] = {
     "env": {"type": "integer", "minimum": 0},
     "job": STRING,
@@ -443,4 +460,7 @@ def _parameters(path: str, method: str) -> list[dict[str, Any]]:
         *in_path,
         *({"name": name, "in": where, "schema": schema} for where, name, schema in others),
     ]
-    return [one | ({"description": MEANINGS[one["name"]]} if one["name"] in MEANINGS else {}) for one in told]
+    for one in told:
+        if words := MEANINGS_OF.get((path, one["name"])) or MEANINGS.get(one["name"]):
+            one["description"] = words
+    return told

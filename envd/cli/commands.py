@@ -599,7 +599,7 @@ def gc(
       envd gc
       ENVD_STATE_DIR=/var/lib/envd envd gc --yes
 
-    Exit codes: 0 done, or nothing to do; 1 refused, or something could not be removed.
+    Exit codes: 0 done, or nothing to do; 1 refused, or something could not be looked at or removed.
     """
     from ..settings import load
     from . import gc as left
@@ -615,7 +615,8 @@ def gc(
         return 0
 
     # The question in between is asked while no loop runs: it takes as long as it takes.
-    talk(look())
+    if code := talk(look()):
+        raise SystemExit(code)
     if found[0].left and not dry_run and not agreed("Remove them?", yes=yes, as_json=as_json):
         raise SystemExit(1)
     code = talk(left.remove(settings, found[0], dry_run=dry_run, as_json=as_json))

@@ -11,7 +11,7 @@ from rich.console import Console
 from ..client import Client, Drain
 from ..errors import ServerUnreachable
 from ..models import Job, JobState
-from .listing import console, print_json
+from .listing import busy, console, print_json
 from .watch import clock
 
 LOOK_EVERY = 0.5
@@ -25,10 +25,7 @@ async def cancel(client: Client, job_id: str, *, wait: bool, as_json: bool, outp
     output = output or console()
     job = await client.cancel(job_id)
     if wait and not job.state.terminal:
-        if output.is_terminal and not as_json:
-            with output.status(f"{job.id} is being ended: its desktop is removed"):
-                job = await _end_of(client, job)
-        else:
+        with busy(output, f"{job.id} is being ended: its desktop is removed", quiet=as_json):
             job = await _end_of(client, job)
     if as_json:
         print_json(job.model_dump(mode="json"))

@@ -27,6 +27,7 @@ from dotenv import dotenv_values
 
 from ..errors import EnvdError, SettingsError
 from ..settings import KNOWN_PROVIDERS, Settings, load
+from .listing import busy, console
 
 Reach = Literal["host", "network", "token"]
 REACHES: tuple[Reach, ...] = ("host", "network", "token")
@@ -96,7 +97,8 @@ def init(given: Given) -> int:
         )
     text = _text_of(given.file)
     kept = {name: value or "" for name, value in dotenv_values(stream=io.StringIO(text), interpolate=False).items()}
-    found = asyncio.run(choices())
+    with busy(console(), "looking at what works on this host", quiet=given.as_json):
+        found = asyncio.run(choices())
     answers = _with_given(proposed(kept, found), given, kept, found)
     if not given.yes:
         answers = asked(answers, given, kept, found)

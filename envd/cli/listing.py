@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -15,6 +17,18 @@ from .watch import clean
 
 def console() -> Console:
     return Console(markup=False, highlight=False, emoji=False)
+
+
+@contextmanager
+def busy(output: Console, words: str, *, quiet: bool = False) -> Iterator[None]:
+    """On a terminal, what is done just now and for how long, while the block runs. Nothing elsewhere."""
+    if quiet or not output.is_terminal:
+        yield
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn())
+    with Progress(*columns, console=output, transient=True) as progress:
+        progress.add_task(clean(words), total=None)
+        yield
 
 
 def print_json(document: dict[str, Any]) -> None:
@@ -26,8 +40,9 @@ def print_list(output: Console, names: Sequence[str], rows: Sequence[Sequence[st
     told = [[clean(cell) for cell in row] for row in rows]
     if output.is_terminal:
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-        for name in names[:-1]:
-            table.add_column(name, overflow="fold")
+        for column, name in enumerate(names[:-1]):
+            # The first is what the row is of: its id is copied, and must be in one piece.
+            table.add_column(name, overflow="fold", no_wrap=column == 0)
         table.add_column(names[-1], ratio=1, overflow="fold")
         for row in told:
             table.add_row(*map(Text, row))

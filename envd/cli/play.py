@@ -20,7 +20,7 @@ from ..client import Client
 from ..errors import EnvdError, RequestError
 from ..models import ActionOutcome, ActionResult, Counts, Job, JobState, StepResult, Verdict
 from .common import NO_SCORE
-from .listing import console, print_json
+from .listing import busy, console, print_json
 from .watch import clean, watch
 
 STDIN = "-"
@@ -231,10 +231,7 @@ def _to_stdout(data: bytes) -> None:
 async def evaluate(client: Client, env: int, *, as_json: bool, output: Console | None = None) -> int:
     """Print the verdict. 0 if it is a score, 3 if there is none."""
     output = output or console()
-    if output.is_terminal and not as_json:
-        with output.status("judging the episode"):
-            verdict = await client.evaluate(env)
-    else:
+    with busy(output, "judging the episode", quiet=as_json):
         verdict = await client.evaluate(env)
     if as_json:
         print_json(verdict.model_dump(mode="json"))
@@ -270,10 +267,7 @@ async def bundle(client: Client, episode: str, to: Path | None, *, as_json: bool
         episode = playing.id
     output = output or console()
     target = to or Path(f"{episode}.tar")
-    if output.is_terminal and not as_json:
-        with output.status(f"saving the evidence of {episode}"):
-            file = await client.bundle(episode, target)
-    else:
+    with busy(output, f"saving the evidence of {episode}", quiet=as_json):
         file = await client.bundle(episode, target)
     size = (await run_sync(file.stat)).st_size
     if as_json:

@@ -30,6 +30,7 @@ from ..tasks.abilities import Abilities
 from ..tasks.grading import GradeReport, GradeRequest, Graders, GuestAddress
 from ..tasks.schema import examine
 from ..tasks.task import Evaluator
+from .listing import busy, console
 
 EQUAL, DIFFERENT, CANNOT = 0, 1, 2
 TOLERANCE = 1e-9
@@ -82,7 +83,8 @@ async def rescore(bundle: Path, settings: Settings, *, as_json: bool = False) ->
     async with _scratch() as scratch:
         try:
             saved = await anyio.to_thread.run_sync(read, bundle, scratch, settings.bundle_limit)
-            outcome = by_rule(saved) or await _by_grader(saved, scratch, settings)
+            with busy(console(), "judging what was saved", quiet=as_json):
+                outcome = by_rule(saved) or await _by_grader(saved, scratch, settings)
         except CannotRescore as error:
             _tell_failure(bundle, str(error), as_json)
             return CANNOT

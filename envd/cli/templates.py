@@ -14,7 +14,7 @@ from ..errors import NotFound
 from ..settings import Settings
 from ..vm.disks import in_words
 from ..vm.templates import Listed, list_templates, remove_template, verify_template
-from .listing import ago, console, print_json
+from .listing import ago, busy, console, print_json
 from .watch import clean
 
 SHORTEST = 8
@@ -73,7 +73,8 @@ async def verify(
     wrong: dict[str, list[str]] = {}
     for one in chosen:
         began = time.monotonic()
-        wrong[one.key] = await run_sync(verify_template, settings, one.key)
+        with busy(output, f"reading {_short(one.key, found)}, {in_words(one.bytes)}", quiet=as_json):
+            wrong[one.key] = await run_sync(verify_template, settings, one.key)
         if not as_json:
             seconds = time.monotonic() - began
             words = "; ".join(wrong[one.key]) or f"as it was made: {in_words(one.bytes)} read in {seconds:.1f} s"

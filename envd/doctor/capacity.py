@@ -53,8 +53,9 @@ def need_of(kind: Kind, settings: Settings, templates: list[Listed]) -> Need | N
     return Need(each, "for a clone, as this host's template was measured", disk=DESKTOP_BUDGET)
 
 
-def capacity_of(settings: Settings, need: Need | None, memory: Memory, disk_free: int) -> Finding:
-    """How many more fit beside what runs now, and whether the host is large enough for those that are wanted."""
+def capacity_of(settings: Settings, need: Need | None, memory: Memory, disk_free: int | None) -> Finding:
+    """How many more fit beside what runs now, and whether the host is large enough for those that are wanted.
+    `disk_free` is None where the disk is not seen."""
     what = "capacity"
     if need is None:
         return Finding(what, "skipped", _elsewhere(settings))
@@ -65,7 +66,7 @@ def capacity_of(settings: Settings, need: Need | None, memory: Memory, disk_free
     )
     if need.first:
         limits[0] += f", the first {in_words(need.first)}"
-    if need.disk:
+    if need.disk and disk_free is not None:
         by_disk = max(0, disk_free // need.disk)
         limits.append(f"{in_words(disk_free)} of disk free, up to {in_words(need.disk)} each")
         if by_disk < more:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import secrets
 import shutil
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar, TypeVarTuple
 
 import anyio
-from anyio.to_thread import run_sync
+import anyio.to_thread
 
 from ..errors import EnvdError
 from ..findings import Finding
@@ -25,6 +26,12 @@ from . import kvm
 from .capacity import Kind, capacity_of, need_of
 from .serving import Daemon
 
+if TYPE_CHECKING:
+    from ..drivers.docker.engine import Engine
+
+Given = TypeVarTuple("Given")
+Found = TypeVar("Found")
+
 
 @dataclass(frozen=True, slots=True)
 class Here:
@@ -36,11 +43,16 @@ class Here:
     container: str
 
 
+async def in_thread(call: Callable[[*Given], Found], *arguments: *Given) -> Found:
+    """A disk that hangs holds up this thread alone, and not the doctor."""
+    return await anyio.to_thread.run_sync(call, *arguments, abandon_on_cancel=True)
+
+
 async def imported(*names: str) -> None:
     """Have modules imported beside the loop, which their files would hold up: what a provider takes is imported when it
     is looked at."""
     for name in names:
-        await run_sync(import_module, name, __package__)
+        await in_thread(import_module, name, __package__)
 
 
 # -- local ----------------------------------------------------------------------------------------------------------
@@ -54,8 +66,8 @@ async def local(here: Here) -> list[Finding]:
     sandboxed = not here.settings.local_unsandboxed
     what, found = "programs", []
     try:
-        await run_sync(lambda: sandbox.require_programs(sandboxed=sandboxed))
-        found.append(Finding(what, "ok", await run_sync(sandbox.made_of)))
+        await in_thread(lambda: sandbox.require_programs(sandboxed=sandboxed))
+        found.append(Finding(what, "ok", await in_thread(sandbox.made_of)))
         what = "sandbox"
         async with _folder() as folder:
             settings = here.settings.model_copy(update={"state_dir": folder})
@@ -77,14 +89,14 @@ async def docker(here: Here) -> list[Finding]:
     await imported("..drivers.docker.driver", "..cli.images")
     from ..drivers.docker.engine import Engine
 
+    found: list[Finding] = []
     try:
         async with Engine(here.settings.docker_host) as engine:
             about = engine.about
             rootless = ", rootless" if about.rootless else ""
-            found = [
-                Finding("Docker", "ok", f"engine {about.version} at {engine.socket}, {about.cpus} processors{rootless}")
-            ]
-            free, disk = await run_sync(_docker_disk, about.root)
+            told = f"engine {about.version} at {engine.socket}, {about.cpus} processors{rootless}"
+            found.append(Finding("Docker", "ok", told))
+            free, disk = await in_thread(_docker_disk, about.root)
             found += [disk, *await _parts(here)]
             kind = await _kind(engine, here.settings)
             seen = await _docker_kvm(engine, here.settings) if kind in ("machine", "foreign") else None
@@ -94,21 +106,24 @@ async def docker(here: Here) -> list[Finding]:
             return found
     except EnvdError as error:
         return [
+            *found,
             Finding("Docker", "failed", error.detail.rstrip("."), error.hint),
-            Finding("image, KVM, capacity", "unknown", "not looked at: the Docker engine cannot be used"),
+            Finding("image, KVM, capacity", "unknown", "not looked at, or not to the end: the engine cannot be used"),
         ]
 
 
-def _docker_disk(root: Path) -> tuple[int, Finding]:
+def _docker_disk(root: Path) -> tuple[int | None, Finding]:
     """Blocks."""
     what = "Docker's disk"
     try:
         usage = shutil.disk_usage(root)
     except OSError:
-        return 0, Finding(what, "unknown", f"{root} is not seen from here", "docker system df")
+        return None, Finding(what, "unknown", f"{root} is not seen from here", "docker system df")
     told = f"{in_words(usage.free)} of {in_words(usage.total)} free at {root}"
     if usage.free < 2 * 1024**3:
-        return usage.free, Finding(what, "failed", f"{told}: a desktop may write 2 GiB", "docker system prune")
+        return usage.free, Finding(
+            what, "failed", f"{told}: a desktop may write 2 GiB", "docker system df; docker system prune"
+        )
     if usage.free < usage.total // 20:
         return usage.free, Finding(what, "warning", told, "docker system df; docker system prune")
     return usage.free, Finding(what, "ok", told)
@@ -116,6 +131,7 @@ def _docker_disk(root: Path) -> tuple[int, Finding]:
 
 async def _parts(here: Here) -> list[Finding]:
     """Images and disks of these settings."""
+    from ..cli.images import OURS
     from ..cli.images import look as look_for_parts
 
     settings = here.settings
@@ -128,6 +144,10 @@ async def _parts(here: Here) -> list[Finding]:
         if part.usable:
             whole = ", whole" if part.kind == "disk" else ""
             found.append(Finding(what, "ok", f"{part.name}, {in_words(part.size or 0)}{whole}"))
+        elif part.kind != "disk" and settings.pull == "missing" and part.name not in OURS and not part.problem:
+            found.append(
+                Finding(what, "warning", f"{part.name} is not on this host; the next start pulls it", part.get)
+            )
         elif not part.name:
             detail = f"{settings.docker_image} boots a disk, and none is given"
             found.append(Finding(what, "failed", detail, part.get))
@@ -145,12 +165,10 @@ def _way_to(get: str, settings: Settings, what: str) -> str:
     return f"make serve, which takes PROVIDER=local; or make images and ENVD_DOCKER_IMAGE=envd/desktop; or {get}"
 
 
-async def _kind(engine: object, settings: Settings) -> Kind:
+async def _kind(engine: Engine, settings: Settings) -> Kind:
     """What desktops of the image are, as its label says, or its name where it is not here."""
-    from ..drivers.docker.engine import Engine
     from ..drivers.docker.images import find
 
-    assert isinstance(engine, Engine)
     try:
         kind: str = (await find(engine, settings.docker_image)).kind
     except EnvdError:
@@ -160,14 +178,12 @@ async def _kind(engine: object, settings: Settings) -> Kind:
     return "machine" if kind == "qemu" else "foreign"
 
 
-async def _docker_kvm(engine: object, settings: Settings) -> Kvm | None:
+async def _docker_kvm(engine: Engine, settings: Settings) -> Kvm | None:
     """By a guest in a container of the image, where no proof is kept. None where it cannot be tried."""
     from ..drivers.docker.containers import Containers
-    from ..drivers.docker.engine import Engine
     from ..drivers.docker.images import find
     from ..drivers.docker.machines import Trials
 
-    assert isinstance(engine, Engine)
     kept = await _known(settings)
     if kept is not None:
         return kept
@@ -203,19 +219,19 @@ async def qemu(here: Here) -> list[Finding]:
         found.insert(0, Finding(what, "failed", error.detail.rstrip("."), error.hint))
         seen = await _known(here.settings)
     found.append(await _kvm(here, seen, "machine"))
-    free = await run_sync(_free, here.settings.state_dir)
+    free = await in_thread(_free, here.settings.state_dir)
     return found + await _room(here, "machine", free)
 
 
 async def _known(settings: Settings) -> Kvm | None:
-    return await run_sync(lambda: known(settings.state_dir))
+    return await in_thread(lambda: known(settings.state_dir))
 
 
 async def _kvm(here: Here, seen: Kvm | None, kind: Kind) -> Finding:
     if kind == "container":
-        return await run_sync(kvm.not_needed, f"containers of {here.settings.docker_image}")
+        return await in_thread(kvm.not_needed, f"containers of {here.settings.docker_image}")
     if seen is None:
-        seen = await run_sync(lambda: look())  # its device has a default
+        seen = await in_thread(lambda: look())  # its device has a default
     if seen is None:
         return Finding("KVM", "unknown", "/dev/kvm opens, and no guest could be tried without the image", "make images")
     if seen.works:
@@ -223,19 +239,19 @@ async def _kvm(here: Here, seen: Kvm | None, kind: Kind) -> Finding:
     from ..drivers.aws.metadata import about_this_host
 
     aws = await about_this_host()
-    host = await run_sync(kvm.this_host, here.container, aws)
+    host = await in_thread(kvm.this_host, here.container, aws)
     proof = here.settings.state_dir / "kvm.json"
-    return await run_sync(lambda: kvm.kvm_of(seen, host, proof=proof))
+    return await in_thread(lambda: kvm.kvm_of(seen, host, proof=proof))
 
 
-async def _room(here: Here, kind: Kind, disk_free: int) -> list[Finding]:
+async def _room(here: Here, kind: Kind, disk_free: int | None) -> list[Finding]:
     """Templates, and how many desktops fit."""
     settings, templates = here.settings, []
     found: list[Finding] = []
     if kind == "machine" and settings.templates != "off":
-        templates = await run_sync(list_templates, settings)
-        found.append(await run_sync(templates_of, settings, templates))
-    memory = await run_sync(lambda: host_memory(own_group=settings.provider in ("local", "qemu")))
+        templates = await in_thread(list_templates, settings)
+        found.append(await in_thread(templates_of, settings, templates))
+    memory = await in_thread(lambda: host_memory(own_group=settings.provider in ("local", "qemu")))
     found.append(capacity_of(settings, need_of(kind, settings, templates), memory, disk_free))
     return found
 
@@ -264,15 +280,13 @@ def templates_of(settings: Settings, templates: list[Listed]) -> Finding:
     return Finding(what, "ok", f"{len(good)}, {taken} in {root}")
 
 
-async def _containers(engine: object, here: Here) -> Finding:
+async def _containers(engine: Engine, here: Here) -> Finding:
     """Containers of envd's, by whose they are."""
-    from ..drivers.docker.engine import Engine
     from ..drivers.docker.recipes import DAEMON
 
-    assert isinstance(engine, Engine)
     async with engine.asking("list containers") as client:
         listed = await client.containers.list(all=True, filters={"label": [DAEMON]})
-    mine = await run_sync(_daemon_id, here.settings.state_dir)
+    mine = await in_thread(_daemon_id, here.settings.state_dir)
     ours = [each for each in listed if each["Labels"].get(DAEMON) == mine]
     others = sorted({str(each["Labels"].get(DAEMON)) for each in listed} - {mine})
     told = f"; {len(listed) - len(ours)} of other daemons ({', '.join(others)})" if others else ""
@@ -323,7 +337,7 @@ def leftovers(here: Here) -> Finding:
 async def capacity(here: Here) -> list[Finding]:
     """Of providers whose desktops are no virtual machines."""
     kind: Kind = "local" if here.settings.provider == "local" else "elsewhere"
-    return await _room(here, kind, 0)
+    return await _room(here, kind, None)
 
 
 async def evaluators(here: Here) -> list[Finding]:
@@ -334,7 +348,7 @@ async def evaluators(here: Here) -> list[Finding]:
     from ..tasks.grading import find_interpreter
 
     what = "evaluators"
-    python = await run_sync(find_interpreter, here.settings)
+    python = await in_thread(find_interpreter, here.settings)
     if python is None and here.settings.evaluators is not None:
         return [Finding(what, "failed", f"ENVD_EVALUATORS={here.settings.evaluators} is no program", "make evaluators")]
     if python is None:
@@ -342,7 +356,7 @@ async def evaluators(here: Here) -> list[Finding]:
     done = await anyio.run_process([str(python), "-I", "-c", LOOK], check=False)
     if done.returncode:
         return [Finding(what, "failed", f"{python} is a Python without desktop-env", "make evaluators")]
-    if not await run_sync(grading_sandbox.works):
+    if not await in_thread(grading_sandbox.works):
         detail = f"{python}; they run without a sandbox, and can then read this user's files"
         return [Finding(what, "warning", detail, "sudo apt-get install -y bubblewrap")]
     return [Finding(what, "ok", str(python))]
@@ -351,12 +365,12 @@ async def evaluators(here: Here) -> list[Finding]:
 @asynccontextmanager
 async def _folder() -> AsyncIterator[Path]:
     """In the place of a state directory: a daemon may run in the real one."""
-    made = Path(await run_sync(lambda: tempfile.mkdtemp(prefix="envd-doctor-")))
+    made = Path(await in_thread(lambda: tempfile.mkdtemp(prefix="envd-doctor-")))
     try:
         yield made
     finally:
         with anyio.CancelScope(shield=True):
-            await run_sync(lambda: shutil.rmtree(made, ignore_errors=True))
+            await in_thread(lambda: shutil.rmtree(made, ignore_errors=True))
 
 
 def _free(directory: Path) -> int:

@@ -1,7 +1,8 @@
-"""`python -m envd.app.docs` writes the pages that follow from the code beside the others."""
+"""`python -m envd.app.docs`, in a checkout: writes the pages that follow from the code, and copies of guides."""
 
 from pathlib import Path
 
 from .generated import write
 
-write(Path(__file__).parent / "pages")
+HERE = Path(__file__).parent
+write(HERE, HERE.parents[2])

@@ -11,6 +11,7 @@ from pydantic import SecretStr
 
 from ...errors import EnvdError, Fault, StartError, error_classes
 from ...settings import VARIABLES, Settings
+from .pages import PAGES
 
 MARK = "<!-- Made by `make docs`; a test compares it. -->\n\n"
 SETTING_GROUPS = {
@@ -46,7 +47,7 @@ def settings_page() -> str:
         if field in SETTING_GROUPS:
             lines += [f"\n## {SETTING_GROUPS[field]}\n", "| setting | default | meaning |", "|---|---|---|"]
         about = Settings.model_fields[field]
-        meaning = " ".join((about.description or "").split()).replace("|", "\\|")
+        meaning = _cell(" ".join((about.description or "").split()))
         default = default_of(field)
         lines.append(f"| `{variable}` | {f'`{default}`' if default else ''} | {_coded(meaning)} |")
     return MARK + "\n".join(lines) + "\n"
@@ -96,10 +97,15 @@ def commands_page() -> str:
             lines += [
                 "| argument | meaning |",
                 "|---|---|",
-                *(f"| `{name}` | {words} |".replace("[required]", "") for name, words in shown),
+                *(f"| `{_cell(name)}` | {_cell(words)} |" for name, words in shown),
                 "",
             ]
     return MARK + "\n".join(lines)
+
+
+def _cell(words: str) -> str:
+    """As a cell of a table takes it."""
+    return words.replace("|", "\\|").replace("[required]", "").rstrip()
 
 
 def _commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:
@@ -172,10 +178,16 @@ def _error(cls: type[EnvdError]) -> str:
     )
 
 
-def write(folder: Path) -> None:
-    """Every page that follows from the code, into `folder`."""
+def write(folder: Path, root: Path) -> None:
+    """Every page that follows from the code, and copies of those that lie elsewhere in the repository at `root`, below
+    `folder`."""
     from .reference import api_pages
 
     pages = {"settings": settings_page(), "commands": commands_page(), "errors": errors_page(), **api_pages()}
     for name, text in pages.items():
-        (folder / f"{name}.md").write_text(text, encoding="utf-8")
+        (folder / "pages" / f"{name}.md").write_text(text, encoding="utf-8")
+    for page in PAGES.values():
+        if page.copied:
+            text = (root / page.source).read_text(encoding="utf-8")
+            mark = f"<!-- A copy of {page.source}, made by `make docs`. Change that one. -->\n\n"
+            (folder / "copies" / f"{page.name}.md").write_text(mark + text, encoding="utf-8")

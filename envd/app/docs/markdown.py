@@ -49,8 +49,10 @@ class Rendered:
 
 
 def render(page: Page, text: str) -> Rendered:
-    """`text` as it is shown on `page`. HTML in it is shown as text, but a comment at its beginning."""
-    text = re.sub(r"\A<!--.*?-->\s*", "", text, flags=re.DOTALL)
+    """`text` as it is shown on `page`. HTML in it is shown as text; comments outside of code are not shown."""
+    pieces = re.split(r"(^```.*?^```$)", text, flags=re.DOTALL | re.MULTILINE)
+    pieces[::2] = [re.sub(r"<!--.*?-->\n?", "", piece, flags=re.DOTALL) for piece in pieces[::2]]
+    text = "".join(pieces)
     parser = MarkdownIt("commonmark", {"html": False}, renderer_cls=_Renderer).enable(["table", "strikethrough"])
     tokens = parser.parse(text)
     headings = _anchored(tokens)

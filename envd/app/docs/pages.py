@@ -8,8 +8,9 @@ from pathlib import Path
 
 HERE = "envd/app/docs/pages"
 """The folder of most of them, from the root of the repository."""
-_FOLDER = Path(__file__).parent / "pages"
-_ROOT = Path(__file__).parents[3]
+COPIES = "envd/app/docs/copies"
+"""Of those that lie elsewhere: an installed package has no more than its own folder."""
+_FOLDER = Path(__file__).parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,21 +26,25 @@ class Page:
     """Shown above everything else."""
 
     @property
+    def copied(self) -> bool:
+        return not self.source.startswith(HERE)
+
+    @property
     def url(self) -> str:
         return {"index": "/docs", "errors": "/errors"}.get(self.name, f"/docs/{self.name}")
 
     def read(self) -> str:
-        """Its Markdown: of an installed package beside the others, in a checkout where it lies."""
-        packed = _FOLDER / f"{self.name}.md"
-        return (packed if packed.exists() else _ROOT / self.source).read_text(encoding="utf-8")
+        """Its Markdown."""
+        folder = _FOLDER / ("copies" if self.copied else "pages")
+        return (folder / f"{self.name}.md").read_text(encoding="utf-8")
 
 
-def _guide(name: str, title: str, source: str) -> Page:
-    """A guide that lies beside what it is about."""
+def _guide(name: str, title: str, source: str, *, run: bool = False) -> Page:
+    """A guide that lies beside what it is about. `run` says whether all of its commands are run by tests."""
     note = (
         f"This guide is {source} of the source. Its commands need hosts of their own: no test of these pages runs them."
     )
-    return Page(name, title, "Operate", source, note=note)
+    return Page(name, title, "Operate", source, note="" if run else note)
 
 
 def _pages(section: str, **titles: str) -> list[Page]:
@@ -61,8 +66,12 @@ _ALL = (
         leases="Leases",
     ),
     *_pages("Operate", running="Running it"),
-    _guide("docker", "Containers and machines", "deploy/DOCKER.md"),
+    _guide("runbook", "Runbook", "deploy/RUNBOOK.md", run=True),
+    _guide("docker", "Docker and machines", "deploy/DOCKER.md"),
     _guide("ec2", "EC2", "deploy/aws/README.md"),
+    _guide("container", "The daemon in a container", "deploy/container/README.md"),
+    _guide("proxy", "A proxy in front", "deploy/proxy/README.md"),
+    _guide("tunnel", "Behind NAT", "deploy/tunnel/README.md"),
     *_pages(
         "Operate",
         access="Tokens and scopes",
