@@ -20,7 +20,7 @@ the pain's id; what it asserts is the answer that ends the pain.
 | OBS-2 | health is green and nothing works | `/readyz` has the reasons and boots that failed; `envd doctor --full` |
 | AWS-1 | InvalidAMIID.NotFound | `ami_unavailable` with id and region, in the preflight and in the job |
 | BOOT-3 | "running", and the control API answers 502 | no desktop before its probes passed; each with its last answer |
-| CDP-1 | connect_over_cdp: ECONNRESET, ECONNREFUSED | Chrome and its bridge are started; what fails has its address |
+| CDP-1 | connect_over_cdp: ECONNRESET, ECONNREFUSED | they are started; what is missing of the way is told |
 | BOOT-6 | a reset hangs, its client leaves | a job; who leaves cancels nothing; who asks again joins it |
 | REW-3 | one failed reset kills the training job | a typed error for that env alone; a masked episode in `envd.gym` |
 """
