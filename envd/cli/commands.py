@@ -85,7 +85,7 @@ def doctor(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what is in the way of desktops, and the command that puts it right.
+    """Say what is in the way of desktops, and what to do.
 
     Without --url this host is looked at, whether or not a daemon runs. With --full alone the server is ENVD_URL.
 
