@@ -211,6 +211,7 @@ PAGE = Page("quick-start", "Quick start", "Start", f"{HERE}/quick-start.md")
         pytest.param("[a](../../../models.py)", '<span class="file" title="in the source">a</span>', id="source"),
         pytest.param("[a](https://x.example/)", '<a href="https://x.example/" rel=noreferrer>a</a>', id="elsewhere"),
         pytest.param("[a](javascript:1)", "[a](javascript:1)", id="no script"),
+        pytest.param("![a](b.png)", '<span class="file" title="a picture in the source">a</span>', id="picture"),
         pytest.param("<b>a</b>", "&lt;b&gt;a&lt;/b&gt;", id="no HTML"),
     ],
 )
