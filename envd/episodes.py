@@ -239,6 +239,13 @@ class Envs:
         over = slot.episode is None or slot.episode.done or _overdue(slot.episode)
         return over and not slot.busy and slot.state is not EnvState.RESETTING
 
+    def is_untouched(self, env: int, episode_id: str) -> bool:
+        """Whether the env is where that episode began: nothing was done in it, and nothing is."""
+        slot = self._slot(env)
+        episode = slot.episode
+        begun = slot.state is EnvState.PLAYING and not slot.busy and episode is not None and episode.id == episode_id
+        return begun and episode is not None and not episode.done and not episode.steps
+
     async def idle(self) -> None:
         """Return when no step runs."""
         while any(slot.busy for slot in self._slots):

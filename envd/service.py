@@ -53,6 +53,8 @@ from .vm.kvm import known as known_kvm
 
 logger = structlog.get_logger(__name__)
 
+OWED_SECONDS = 600.0
+"""For how long after its end a reset whose caller gave up waiting is still the one that is sent again."""
 CLEAR_LIMIT = 2.5
 """Seconds that destroying what is left may take when the daemon ends."""
 
@@ -107,6 +109,8 @@ class Service:
         """(monotonic) until when episodes may go on once there is no new work."""
         self.on_drain: Callable[[], None] = lambda: signal.raise_signal(signal.SIGTERM)
         self.streams = 0
+        self._owed: dict[int, tuple[str, str]] = {}
+        """Env → its last reset whose caller waits for the observation or gave up waiting: the job, what was asked."""
         self._running = False
 
     async def run(self, started: Callable[[], None]) -> None:
@@ -247,8 +251,19 @@ class Service:
 
     # -- what the routes call -----------------------------------------------------------------------------------
 
-    async def reset(self, env: int, task: Mapping[str, Any], how: Reset | None = None, sent: Sent = UNMARKED) -> Job:
+    async def reset(
+        self,
+        env: int,
+        task: Mapping[str, Any],
+        how: Reset | None = None,
+        sent: Sent = UNMARKED,
+        *,
+        until_told: bool = False,
+    ) -> Job:
         """Accept a reset to `task`, an OSWorld task file, played as `how` says: the job is on disk before this returns.
+
+        With `until_told` the same reset sent again is the same one until `told` was called for it, also when its job
+        has ended meanwhile: for callers that can only give up waiting and ask again.
 
         Raises UnknownEnv, TaskInvalid, MissingRequirement, QueueFull, TooManyRequests, DiskLow, Draining, Leased,
         LeaseOver, KeyReused; none of them changes anything. And DeadlinePassed: then it goes on.
@@ -258,9 +273,30 @@ class Service:
             self.envs.env(env)
             self.leases.require(env, sent.lease)
             asked = replace(how or Reset(), task=parse(task, self.abilities), owner=sent.owner)
-            return self.queue.submit(env, asked)
+            if until_told and (owed := self._owed_to(env, asked)):
+                return owed
+            job = self.queue.submit(env, asked)
+            self._owed.pop(env, None)
+            if until_told:
+                self._owed[env] = job.id, asked.fingerprint
+            return job
 
         return await self._accept(submit, sent)
+
+    def told(self, env: int, job: Job) -> None:
+        """A caller is sent the observation of this reset: the next one is another."""
+        if self._owed.get(env, ("",))[0] == job.id:
+            del self._owed[env]
+
+    def _owed_to(self, env: int, asked: Reset) -> Job | None:
+        """The job of this reset, if it ended well a moment ago, nobody was told, and nothing was done since."""
+        job_id, fingerprint = self._owed.get(env, ("", ""))
+        if fingerprint != asked.fingerprint or any(self.queue.of_env(env)):
+            return None
+        job = self.store.get_job(job_id)
+        if job is None or job.ended_at is None or time.time() - job.ended_at > OWED_SECONDS:
+            return None
+        return job if job.episode_id and self.envs.is_untouched(env, job.episode_id) else None
 
     async def prewarm(self, sent: Sent = UNMARKED) -> Job:
         """As `reset`, for no env."""

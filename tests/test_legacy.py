@@ -253,8 +253,29 @@ async def test_the_same_reset_sent_again_waits_for_the_same_job() -> None:
         while (response := await trainer.reset(TASK)).status_code == 503:
             assert problem_of(response)["job"]["id"] == first
         response.raise_for_status()
-        assert len(served.sim.journal) == len({(entry.verb, entry.id) for entry in served.sim.journal})
+        assert [job.id for job in served.service.store.jobs()] == [first]
         assert {entry.id for entry in served.sim.journal} == {served.desktop().id}
+
+
+@pytest.mark.parametrize("between", ["nothing", "a step", "another reset"])
+async def test_a_reset_that_ended_while_its_caller_was_away_is_answered_when_it_is_sent_again(between: str) -> None:
+    async with serving(Behaviour(boot_s=0.3), legacy_wait=0.1) as served:
+        trainer = Trainer(served.url, "C")
+        first = problem_of(await trainer.reset(TASK))["job"]["id"]
+        await served.service.queue.ended(first)
+        if between == "a step":
+            await served.post("/v1/envs/0/step", {"actions": ["pyautogui.click(1, 2)"], "pause_s": 0})
+        elif between == "another reset":
+            _, other = await served.post("/v1/envs/0/reset", {"task": {"id": "other"}})
+            await served.service.queue.ended(other["id"])
+        response = await trainer.reset(TASK)
+        if between == "nothing":
+            assert response.status_code == 200
+            assert served.service.env(0).episode is not None
+            # Once it was told, the same reset is another one.
+            assert problem_of(await trainer.reset(TASK))["job"]["id"] != first
+        else:
+            assert problem_of(response)["job"]["id"] != first
 
 
 async def test_a_reset_that_another_one_replaces_is_a_409() -> None:

@@ -69,7 +69,7 @@ async def reset(request: Request) -> Response:
     """Reset and wait for the observation. The job behind it goes on when the caller leaves or the wait runs out."""
     asked, how_sent = await read_call(request, LegacyReset)
     service = service_of(request)
-    job = await service.reset(asked.slot_id, asked.task_config, sent=how_sent)
+    job = await service.reset(asked.slot_id, asked.task_config, sent=how_sent, until_told=True)
     job = await _ended(request, job, how_sent)
     if job.state is not JobState.SUCCEEDED:
         raise _failure(job)
@@ -79,6 +79,7 @@ async def reset(request: Request) -> Response:
         raise JobSuperseded(
             f"Another reset of env {asked.slot_id} followed before this answer was sent.", job=_shown(job)
         )
+    service.told(asked.slot_id, job)
     return shape(asked.slot_id, dialogue.wire_json(), done=False, format_reward=0.0)
 
 
