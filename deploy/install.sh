@@ -201,7 +201,7 @@ make_settings() {
   changed=yes
   install -d -m 755 /etc/envd
   (umask 077 && {
-    echo "# Settings of envd, NAME=VALUE; the table is in the README. After a change: systemctl restart envd"
+    echo "# Settings of envd, NAME=VALUE; the table is at /docs/settings. After a change: systemctl restart envd"
     echo "PROVIDER=$provider"
     if [ "$provider" = docker ]; then echo "ENVD_DOCKER_IMAGE=$image"; fi
     echo "ENVD_HOST=$host"

@@ -514,8 +514,8 @@ class Event(Model):
     """One thing that happened. `id` is "<epoch>-<sequence>": the epoch is new when the sequence starts again.
 
     Kinds: state, position, phase, probe, progress, setup, note, desktop, step, episode, verdict, lease; and, on
-    streams only, snapshot, gap and server-shutdown. An event about a job carries the whole job as it then was, so
-    a watcher replaces what it has.
+    streams only, snapshot, gap, server-shutdown, and for who asks for them env and stats. An event about a job carries
+    the whole job as it then was, so a watcher replaces what it has.
     """
 
     id: str

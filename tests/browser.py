@@ -4,7 +4,7 @@
         await page.open(url)
         await page.until("document.title === 'envd'")
 
-`page.troubles` has what a page must not have: exceptions, errors on its console, and what its policy refused.
+`page.troubles` has what a page must not have: exceptions, errors on its console, and what its policy forbade.
 """
 
 from __future__ import annotations
@@ -144,6 +144,10 @@ class Page:
         self.troubles: list[str] = []
         self.requests: list[str] = []
         """Addresses that it asked for."""
+        self.headers: list[dict[str, str]] = []
+        """Sent with each of them, their names in lower case."""
+        self.refused: list[str] = []
+        """Those that did not answer well, of which Chromium itself tells: a page may mean to ask and find out."""
 
     def hear(self, method: str, params: dict[str, Any]) -> None:
         if method == "Runtime.exceptionThrown":
@@ -151,10 +155,13 @@ class Page:
             self.troubles.append(str(details.get("exception", {}).get("description", details["text"])))
         elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning", "assert"):
             self.troubles.append(str([one.get("value", one.get("description")) for one in params["args"]]))
+        elif method == "Log.entryAdded" and params["entry"]["source"] == "network":
+            self.refused.append(params["entry"].get("url", ""))
         elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
             self.troubles.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
         elif method == "Network.requestWillBeSent":
             self.requests.append(params["request"]["url"])
+            self.headers.append({name.lower(): value for name, value in params["request"]["headers"].items()})
 
     async def command(self, method: str, **params: Any) -> dict[str, Any]:
         return await self._browser.command(method, self._session, **params)

@@ -54,6 +54,25 @@ async def states(aws: FaultyAccount) -> dict[str, str]:
     return {name: one["State"]["Name"] for name, one in (await anyio.to_thread.run_sync(instances_of, aws)).items()}
 
 
+async def test_what_is_paid_is_what_runs(aws: FaultyAccount) -> None:
+    async with driver_in(aws) as opened:
+        before = opened.costs()
+        await opened.create(one := spec("paid"), Report())
+        during = opened.costs()
+        await asyncio.sleep(0)
+        await opened.destroy(one.id)
+        after = opened.costs()
+    assert before is not None
+    assert during is not None
+    assert after is not None
+    assert (before.instances, before.usd_per_hour) == ({}, 0.0)
+    assert during.instances == {"t3.xlarge": 1}
+    assert during.usd_per_hour == pytest.approx(0.1664, rel=0.5)
+    assert (after.instances, after.usd_per_hour) == ({}, 0.0)
+    assert after.hours["t3.xlarge"] > 0
+    assert after.usd == pytest.approx(after.hours["t3.xlarge"] * during.usd_per_hour)
+
+
 # -- the start --------------------------------------------------------------------------------------------------
 
 

@@ -50,7 +50,7 @@ print([name for name in {heavy!r} if name in sys.modules], file=sys.stderr)
 def test_help_names_every_command() -> None:
     ran = CliRunner().invoke(app, ["--help"])
     assert ran.exit_code == 0
-    assert [name for name in ("serve", "watch", "prewarm", "version") if name not in ran.stdout] == []
+    assert [name for name in ("serve", "watch", "logs", "prewarm", "version") if name not in ran.stdout] == []
 
 
 def test_the_module_is_the_command(tmp_path: Path) -> None:

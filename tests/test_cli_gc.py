@@ -82,6 +82,14 @@ def test_what_is_named_unlike_a_desktop_is_not_ours_to_remove(tmp_path: Path, pr
     assert link.is_symlink()
 
 
+def test_an_engine_that_does_not_answer_is_told_and_the_rest_removed(tmp_path: Path) -> None:
+    desktop = left_behind(tmp_path)
+    nobody = {"PROVIDER": "docker", "DOCKER_HOST": "unix:///nonexistent/docker.sock"}
+    document = told(envd(tmp_path, "gc", "--yes", "--json", **nobody), code=1)
+    assert (document["removed"], desktop.exists()) == ([desktop.name], False)
+    assert [words for words in document["unseen"] if words.startswith("containers. ")] == document["unseen"] != []
+
+
 async def test_desktops_that_outlived_a_killed_daemon_are_removed(tmp_path: Path) -> None:
     env = SETTINGS | {"ENVD_SIM": "outlive"}
     async with daemon(tmp_path / "state", env=env) as (process, session):

@@ -182,6 +182,26 @@ async def test_a_screen_is_had_small() -> None:
         assert Image.open(io.BytesIO(large)).size == (1920, 1080)
 
 
+async def test_who_looks_does_not_fill_the_log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("DEBUG")
+    async with serving() as served:
+        await served.reset()
+        for path in ("/dashboard/main.js", "/v1/envs/0/screenshot?width=480", "/v1/envs/7/screenshot?width=480"):
+            await served.ask("GET", path)
+        await served.ask("GET", "/v1/envs/0/screenshot")
+    asked = [
+        (record.levelname, record.__dict__["path"])
+        for record in caplog.records
+        if record.getMessage() == "request" and record.__dict__.get("method") == "GET"
+    ]
+    assert asked[-4:] == [
+        ("DEBUG", "/dashboard/main.js"),
+        ("DEBUG", "/v1/envs/0/screenshot"),
+        ("INFO", "/v1/envs/7/screenshot"),
+        ("INFO", "/v1/envs/0/screenshot"),
+    ]
+
+
 def test_no_picture_is_made_larger_and_what_is_none_is_refused() -> None:
     written = io.BytesIO()
     Image.new("RGB", (100, 40), "red").save(written, "JPEG")
@@ -237,6 +257,15 @@ async def test_what_the_stream_tells_beside_the_events_is_not_in_their_log() -> 
         stats = await reader.until(lambda message: message.event == "stats")
         assert stats[-1].id in ("", None, first.id)  # an id would be where a reader goes on
         assert {event.kind for event in served.service.events.recent()} <= {"state", "desktop", "note"}
+
+
+async def test_events_of_an_env_that_is_no_more_are_told_of_and_no_env_is() -> None:
+    async with serving(envs=1) as served:
+        served.service.events.publish("note", env=7, message="an earlier life had eight")
+        async with served.stream(f"/v1/events?stats=1&last_event_id={served.service.events.epoch}-0") as reader:
+            told = await reader.until(lambda message: message.event == "stats")
+        assert [json.loads(message.data)["env"] for message in told if message.event == "note"] == [7]
+        assert [message for message in told if message.event == "env"] == []
 
 
 async def test_other_streams_are_as_they_were() -> None:

@@ -133,6 +133,7 @@ async def test_a_reset_that_failed_says_why_in_its_place(browser: Browser) -> No
         async with looking(browser, served.url) as page:
             job = await served.reset()
             assert job["state"] == "failed"
+            await page.until(f"{card(0, '.pill')}.textContent === 'reset failed'")
             await page.until(f"{card(0, '.screen-why')}.textContent.includes({job['error']['code']!r})")
             await page.until(f"{card(0, '.screen-why')}.textContent.includes({job['error']['detail']!r})")
         async with looking(browser, served.url) as page:  # also for who looks later
@@ -220,6 +221,57 @@ async def test_the_page_lives_through_a_daemon_that_is_killed_and_started_again(
             await reset(session, second.url, 1)
             await page.until(f"{card(1, '.pill')}.textContent === 'playing'")
             assert await page.evaluate("window.mine")
+        streams = [headers for url, headers in zip(page.requests, page.headers, strict=True) if "/v1/events" in url]
+        assert "last-event-id" not in streams[0]
+        assert streams[-1]["last-event-id"]
+
+
+async def test_a_stream_is_read_wherever_it_is_cut(browser: Browser) -> None:
+    text = (
+        'retry: 1000\n\nid: e-1\nevent: snapshot\ndata: {"a":\ndata: "\u00e9"}\n\n: still here\n\nevent: x\ndata: 2\n\n'
+    )
+    expected = [{"event": "snapshot", "data": {"a": "é"}, "id": "e-1"}, {"event": "x", "data": 2, "id": "e-1"}]
+    async with serving() as served, looking(browser, served.url) as page:
+        told = await page.evaluate(
+            f"""import('/dashboard/stream.js').then(({{Parser}}) => {{
+                const text = {text!r}, found = [];
+                for (let cut = 0; cut <= text.length; cut++) {{
+                    const parser = new Parser();
+                    found.push([...parser.feed(text.slice(0, cut)), ...parser.feed(text.slice(cut))]);
+                }}
+                return found;
+            }})"""
+        )
+    assert len(told) == len(text) + 1
+    assert all(messages == expected for messages in told)
+
+
+async def test_what_is_told_again_after_a_reconnect_brings_no_job_back(browser: Browser) -> None:
+    async with serving() as served, looking(browser, served.url) as page:
+        job = await served.reset()
+        async with served.stream(f"/v1/events?last_event_id={served.service.events.epoch}-0") as reader:
+            again = [json.loads(message.data) for message in await reader.until(lambda one: '"succeeded"' in one.data)]
+        events = [event for event in again if event.get("job_id") == job["id"]]
+        assert len(events) > 3
+        told = await page.evaluate(
+            f"""import('/dashboard/store.js').then(async ({{Store}}) => {{
+                const store = new Store();
+                const stream = await fetch('/v1/events?stats=1');
+                const {{Parser}} = await import('/dashboard/stream.js');
+                const reader = stream.body.pipeThrough(new TextDecoderStream()).getReader();
+                const parser = new Parser();
+                for (let known = false; !known;) {{
+                    for (const message of parser.feed((await reader.read()).value)) {{
+                        store.take(message);
+                        known ||= message.event === 'snapshot';
+                    }}
+                }}
+                await reader.cancel();
+                for (const event of {json.dumps(events)}) store.take({{event: event.kind, data: event}});
+                return [store.jobs.size, store.ended.length];
+            }})"""
+        )
+    assert told == [0, 1]
 
 
 @pytest.mark.local
@@ -229,7 +281,7 @@ async def test_a_real_desktop_is_shown_booting_and_played_on(browser: Browser, t
             await reset(session, running.url)
             await page.until(has(".boot .phase-list li", "probe"), 60)
             await page.until(f"{card(0, '.pill')}.textContent === 'playing'", 60)
-            await page.until(f"{card(0, 'img')}.naturalWidth === 480")
+            await page.until(f"{card(0, 'img')}.naturalWidth >= 480")
             async with session.post(f"{running.url}/v1/envs/0/step", json={"prediction": CLICK}) as answer:
                 assert answer.status == 200
             await page.until(f"{card(0, '.progress .number')}.textContent.startsWith('1 of')")
@@ -252,7 +304,6 @@ async def test_a_token_is_asked_for_and_kept_in_memory_alone(browser: Browser) -
         await page.type("another token, which is wrong")
         await page.press("Enter", 13)
         await page.until("document.querySelector('#token-refusal').textContent.includes('not known')")
-        page.troubles.clear()  # Chromium itself tells of each 401
         await page.type(TOKEN)
         await page.press("Enter", 13)
         await page.until(f"{SHOWN} && {LIVE}")

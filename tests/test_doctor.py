@@ -374,6 +374,23 @@ def test_what_is_not_set_here_is_looked_at_as_the_daemon_has_it(tmp_path: Path) 
     assert "; ENVD_TOKEN; without TLS" in admitted.detail
 
 
+def test_a_daemon_that_others_reach_has_tokens_wherever_they_are() -> None:
+    told = {"ENVD_HOST": {"value": "0.0.0.0"}, "ENVD_PORT": {"value": 15001}}
+    daemon = Daemon("http://127.0.0.1:15001", __version__, "sim", None, told, None)
+    found = serving.access_of_daemon(load({}, None), {}, daemon)
+    assert found.verdict == "ok"
+    assert "credentials" in found.detail
+
+
+async def test_desktops_at_aws_are_looked_at_as_the_preflight_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    place, rest = await desktops.aws(Here(settings(tmp_path, provider="aws"), None, ""))
+    assert (place.what, place.verdict, rest.verdict) == ("place", "failed", "unknown")
+    assert "AWS_REGION" in place.fix
+
+
 def test_settings_of_another_version_that_cannot_be_used_are_left(tmp_path: Path) -> None:
     odd = {"ENVD_ENVS": {"value": "many", "origin": "environment"}, "ENVD_NEW": {"value": 1, "origin": "environment"}}
     daemon = Daemon("http://127.0.0.1:15001", "9.9.9", "sim", None, odd, None)

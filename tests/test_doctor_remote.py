@@ -209,7 +209,7 @@ async def test_a_name_that_leads_nowhere_is_told_before_anything_else() -> None:
 @pytest.mark.parametrize("url", ["ftp://host", "http://", "http://user:secret@host", "http://host:port"])
 async def test_what_is_no_url_is_a_finding_and_not_a_traceback(url: str) -> None:
     (found,) = await examine(url, "")
-    assert (found.what, found.verdict) == ("URL", "failed")
+    assert (found.what, found.verdict, "secret" in found.detail) == ("URL", "failed", False)
     with pytest.raises(SettingsError):
         server_at(url, "")
 

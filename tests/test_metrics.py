@@ -6,6 +6,7 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -192,6 +193,22 @@ async def test_a_scrape_does_without_a_part_that_is_in_trouble(part: str, monkey
     gone = {family.name for family in before.families} - {family.name for family in now.families}
     assert (PARTS[part][1] in gone) is bool(PARTS[part][1])
     assert len(gone) <= 7
+
+
+async def test_a_disk_that_is_full_is_told_with_what_is_kept_there(tmp_path: Path) -> None:
+    (tmp_path / "template").write_bytes(b"x" * 10_000)
+    async with serving(template_dir=tmp_path) as served:
+        well = await scrape(served)
+        served.service.store._low = "the disk is full"  # type: ignore[attr-defined]
+        served.driver.name = "qemu"  # type: ignore[misc]
+        try:
+            now = await scrape(served)
+        finally:
+            served.driver.name = "sim"  # type: ignore[misc]
+    assert (well.get("envd_journal_trouble"), well.get("envd_ready")) == (0, 1)
+    assert (now.get("envd_journal_trouble"), now.get("envd_ready")) == (1, 0)
+    assert now.get("envd_journal_bytes") > 0
+    assert now.get("envd_templates_bytes") >= 10_000
 
 
 async def test_an_event_that_cannot_be_counted_still_happens(caplog: pytest.LogCaptureFixture) -> None:

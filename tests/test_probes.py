@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import io
+import re
+import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +17,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from PIL import Image, ImageDraw
 
-from envd.boot import probes
+from envd.boot import hops, probes
 from envd.boot.probes import NEEDED, Readiness, judge_picture
 from envd.drivers.base import InstanceSpec, Report
 from envd.drivers.sim import FOREVER, Behaviour, Fault, SimDriver
@@ -199,6 +201,66 @@ async def test_a_launch_that_fails_is_told_and_tried_again() -> None:
         waiting.cancel()
         await asyncio.wait({waiting})
     assert "no such program" in next(note for note in heard.notes if "did not start" in note)
+
+
+ROWS = "  sl  local_address rem_address   st tx_queue rx_queue\n   0: 0100007F:{port:04X} 00000000:0000 {state} 0:0\n"
+"""As /proc/net/tcp has them."""
+
+
+@pytest.mark.parametrize(
+    ("tables", "says"),
+    [
+        pytest.param(ROWS.format(port=22, state="0A"), "nothing listens on 9222 or 1337", id="neither"),
+        pytest.param(ROWS.format(port=9222, state="0A"), "there is no Chrome behind it", id="no Chrome"),
+        pytest.param(
+            ROWS.format(port=1337, state="0A"), r"the bridge \(socat\) between them is missing", id="no bridge"
+        ),
+        pytest.param(
+            ROWS.format(port=1337, state="0A") + ROWS.format(port=9222, state="0A"),
+            "it is Chrome itself that does not answer",
+            id="both",
+        ),
+        pytest.param(ROWS.format(port=9222, state="01"), "nothing listens on 9222 or 1337", id="a connection only"),
+        pytest.param("", "could not be seen: no such file", id="no tables"),
+    ],
+)
+async def test_which_part_of_the_way_to_chrome_is_missing_is_told(tables: str, says: str) -> None:
+    async def screenshot(request: web.Request) -> web.Response:
+        return web.Response(body=picture(window), content_type="image/png")
+
+    async def launch(request: web.Request) -> web.Response:
+        return web.Response(text="launched")
+
+    async def execute(request: web.Request) -> web.Response:
+        assert (await request.json())["command"] == ["cat", "/proc/net/tcp", "/proc/net/tcp6"]
+        return web.json_response(
+            {"status": "success", "output": tables, "error": "no such file", "returncode": int(not tables)}
+        )
+
+    guest = web.Application()
+    guest.add_routes([web.get("/screenshot", screenshot), web.post("/setup/launch", launch)])
+    guest.add_routes([web.post("/execute", execute)])
+    heard = Heard()
+    async with TestServer(guest) as server, aiohttp.ClientSession() as http:
+        url = str(server.make_url("")).rstrip("/")
+        ready = Readiness(Guest(http, url), Cdp(http, f"{url}/no-chrome"), SCREEN, 0.005, 0, heard)
+        waiting = asyncio.create_task(ready.wait())
+        async with asyncio.timeout(20):
+            while len(heard.notes) < 2:
+                heard.moment.clear()
+                await heard.moment.wait()
+        waiting.cancel()
+        await asyncio.wait({waiting})
+    assert "starting Chrome and the socat bridge" in heard.notes[0]
+    assert re.search(says, heard.notes[1])
+
+
+def test_what_listens_is_read_from_the_kernels_own_tables() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.create_connection(listener.getsockname()) as used:
+        ports = hops.listening(Path("/proc/net/tcp").read_text())
+        assert ports is not None
+        assert listener.getsockname()[1] in ports
+        assert used.getsockname()[1] not in ports
 
 
 async def test_invariant_10_a_clone_is_ready_by_its_frame_one_answer_and_one_listed_page(tmp_path: Path) -> None:

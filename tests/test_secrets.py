@@ -48,17 +48,9 @@ Envs.screenshot = screenshot
 """A prelude: a picture of env 2 breaks, in a frame that holds secrets."""
 Step = tuple[str, dict[str, Any]]
 READ = (
+    *("/metrics", "/v1/logs?limit=5000"),
     *("/version", "/docs", "/errors", "/openapi.json", "/readyz", "/livez", "/health", "/v1/envs", "/v1/envs/0"),
-    *(
-        "/metrics",
-        "/v1/logs?limit=5000",
-        "/v1/envs/2/screenshot",
-        "/v1/jobs",
-        "/v1/queue",
-        "/v1/episodes",
-        "/v1/envs/0/history",
-        "/env/history_messages",
-    ),
+    *("/v1/envs/2/screenshot", "/v1/jobs", "/v1/queue", "/v1/episodes", "/v1/envs/0/history", "/env/history_messages"),
 )
 
 

@@ -57,12 +57,14 @@ class Logs:
             await problem_response(error, scope["path"])(scope, receive, send)
             return
         lines, reached = log.LINES.after(after, wanted)
-        await send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        start = {"type": "http.response.start", "status": 200, "headers": HEADERS}
         if scope["method"] == "HEAD" or not follows:
+            await send(start)
             body = b"" if scope["method"] == "HEAD" else _text(lines[-limit:])
             await send({"type": "http.response.body", "body": body})
             return
         with counted(service):
+            await send(start)
             await _play(service, _pieces(service, lines[-limit:], reached, wanted), receive, send)
 
 

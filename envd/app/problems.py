@@ -37,6 +37,8 @@ STREAMS = frozenset({"text/event-stream", "application/x-ndjson"})
 NO_ROUTE = "none"
 IN_PATHS = {"job": "job_id", "episode": "episode_id", "lease": "lease"}
 """Parameters of paths that say what a request is about, and as what."""
+LOOKED_AT = re.compile(r"/dashboard/|/v1/envs/[^/]*/screenshot$|/v1/episodes/[^/]*/frames/")
+"""What the dashboard asks for again and again while somebody looks: small pictures, and parts of itself."""
 
 ONE_CALL_EACH = ("/env/", "/health")
 """Clients of these routes connect anew for each call. That they have left hypercorn 0.18 notices
@@ -213,8 +215,15 @@ class _Seen:
                 self.about[fact] = value[:10] if name == "lease" else value
 
     def log(self) -> None:
-        write = logger.debug if self.scope["path"] in QUIET_PATHS else logger.info
+        write = logger.debug if _is_routine(self.scope, self.status) else logger.info
         write("request", **self.facts, status=self.status, seconds=round(self.seconds, 4), **self.about)
+
+
+def _is_routine(scope: Scope, status: int | None) -> bool:
+    """Whether a request is nobody's business unless something is looked for."""
+    path: str = scope["path"]
+    looks = path.startswith("/dashboard/") or b"width=" in scope["query_string"]
+    return path in QUIET_PATHS or (looks and status in (200, 304) and LOOKED_AT.match(path) is not None)
 
 
 class _Body:

@@ -31,6 +31,7 @@ from ..errors import EnvdError, GuestMisbehaved, GuestUnreachable
 from ..guest import Cdp, Guest
 from ..models import Probe, ProbeResult
 from ..pictures import opened
+from . import hops
 
 NEEDED = 2
 SLOWEST_INTERVAL = 2.0
@@ -213,7 +214,23 @@ class Readiness:
                 self.watcher.note(f"The guest did not start them: {error.detail}")
                 await anyio.sleep(max(self.chrome_grace, 1))
             else:
-                return
+                break
+        await anyio.sleep(max(2 * self.chrome_grace, 1))
+        if self.probes["chrome_cdp"].result is not ProbeResult.OK:
+            await self._tell_what_is_missing()
+
+    async def _tell_what_is_missing(self) -> None:
+        """Of the way from here to Chrome, as the guest sees it."""
+        try:
+            seen = await self.guest.execute(hops.TABLES, timeout=TRY_TIMEOUT)
+        except EnvdError as error:
+            self.watcher.note(f"What listens in the guest could not be seen: {error.detail}")
+            return
+        ports = hops.listening(seen.stdout)
+        if ports is None:
+            self.watcher.note(f"What listens in the guest could not be seen: {seen.stderr.strip()[:200]}")
+        else:
+            self.watcher.note(hops.told(ports))
 
 
 def judge_picture(picture: bytes, screen: tuple[int, int]) -> tuple[ProbeResult, str]:

@@ -85,7 +85,7 @@ def doctor(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Say what is in the way of desktops, and the command that puts it right.
+    """Say what is in the way of desktops, and what puts it right.
 
     Without --url this host is looked at, whether or not a daemon runs. With --full alone the server is ENVD_URL.
 
@@ -236,9 +236,13 @@ def ls(
 
 @app.command()
 def logs(
-    env: Annotated[int | None, typer.Option(help="Lines about this env.")] = None,
-    job: Annotated[str | None, typer.Option(help="Lines about this job.")] = None,
-    episode: Annotated[str | None, typer.Option(help="Lines about this episode.")] = None,
+    env: Annotated[
+        int | None, typer.Option(help="Lines about this env.", autocompletion=completion.env_numbers)
+    ] = None,
+    job: Annotated[str | None, typer.Option(help="Lines about this job.", autocompletion=completion.jobs)] = None,
+    episode: Annotated[
+        str | None, typer.Option(help="Lines about this episode.", autocompletion=completion.episodes)
+    ] = None,
     level: Annotated[str | None, typer.Option(help="debug, info, warning or error: no line below it.")] = None,
     since: Annotated[str | None, typer.Option(help="No line older than that: 30s, 10m, 2h, 1d.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The newest so many; default 200.")] = None,
@@ -246,9 +250,9 @@ def logs(
     as_json: Json = False,
     url: Url = None,
 ) -> None:
-    """Show the daemon's log: its last lines, and with --follow those that come.
+    """Show the daemon's log, of all or of one env, job or episode.
 
-    A restart of the daemon is survived.
+    Its last lines, and with --follow those that come. A restart of the daemon is survived.
 
     \b
     Examples:
@@ -599,7 +603,7 @@ def gc(
       envd gc
       ENVD_STATE_DIR=/var/lib/envd envd gc --yes
 
-    Exit codes: 0 done, or nothing to do; 1 refused, or something could not be removed.
+    Exit codes: 0 done, or nothing to do; 1 refused, or something could not be looked at or removed.
     """
     from ..settings import load
     from . import gc as left
@@ -615,7 +619,8 @@ def gc(
         return 0
 
     # The question in between is asked while no loop runs: it takes as long as it takes.
-    talk(look())
+    if code := talk(look()):
+        raise SystemExit(code)
     if found[0].left and not dry_run and not agreed("Remove them?", yes=yes, as_json=as_json):
         raise SystemExit(1)
     code = talk(left.remove(settings, found[0], dry_run=dry_run, as_json=as_json))

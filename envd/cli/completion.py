@@ -59,11 +59,24 @@ def _begin_with(incomplete: str, offered: Offered) -> Offered:
 
 def _listed(ctx: typer.Context, path: str, name: str) -> Iterator[Any]:
     """Nothing, whatever goes wrong: a word about it would stand in the middle of a command line."""
+    from urllib.request import ProxyHandler, Request, build_opener
+
+    from ..errors import EnvdError
+    from ..settings import load
+
+    try:
+        settings = load()
+    except EnvdError:
+        return iter(())
+    token = settings.token.get_secret_value()
+    url = (ctx.params.get("url") or settings.url).rstrip("/") + path
     found: list[Any] = []
 
     def look() -> None:
         try:
-            found.extend(_answer(ctx.params.get("url"), path)[name])
+            request = Request(url, headers={"Authorization": f"Bearer {token}"} if token else {})
+            with build_opener(ProxyHandler({})).open(request, timeout=SECONDS) as answer:
+                found.extend(json.load(answer)[name])
         except Exception:  # noqa: BLE001 - see above
             pass
 
@@ -72,18 +85,3 @@ def _listed(ctx: typer.Context, path: str, name: str) -> Iterator[Any]:
     asking.start()
     asking.join(SECONDS)
     return iter(tuple(found))
-
-
-def _answer(url: str | None, path: str) -> dict[str, Any]:
-    from urllib.request import ProxyHandler, Request, build_opener
-
-    from ..settings import load
-
-    settings = load()
-    token = settings.token.get_secret_value()
-    request = Request(
-        (url or settings.url).rstrip("/") + path, headers={"Authorization": f"Bearer {token}"} if token else {}
-    )
-    with build_opener(ProxyHandler({})).open(request, timeout=SECONDS) as answer:
-        document: dict[str, Any] = json.load(answer)
-    return document

@@ -29,10 +29,12 @@ from .common import NO_SCORE
 from .listing import console, print_json
 from .own_daemon import own_daemon
 from .play import action_line, size_of, suffix, tell_verdict, write_whole
-from .watch import clean, watch
+from .watch import clean, clock, watch
 
 FREE_WITHIN = 1.0
 """Seconds in which an env of the server that runs must be free: nobody waits in line for a demo."""
+LONG = 60.0
+"""Seconds for a boot that are told beforehand."""
 TITLE = "envd demo"
 PROVIDERS = ("local", "sim")
 """Of a daemon of its own: what shows most comes first."""
@@ -43,14 +45,18 @@ _TERMINAL = (
     f" || gnome-terminal --title='{TITLE}' --geometry=90x20+160+160"
     f" || lxterminal --title='{TITLE}' --geometry=90x20"
 )
+# Until its window is there, at most ten seconds. By its class: the title is what the shell in it makes of it.
+_IN_FRONT = (
+    "command -v wmctrl > /dev/null || exec sleep 3;"
+    " for try in $(seq 50); do wmctrl -x -a term && exit 0; sleep 0.2; done"
+)
 _TASK_SHELL: dict[str, Any] = {
     "id": "demo-greeting",
     "instruction": "Write hello into greeting.txt in your home folder.",
     "config": [
         {"type": "execute", "parameters": {"command": ["bash", "-c", "rm -f ~/greeting.txt"]}},
         {"type": "launch", "parameters": {"command": _TERMINAL, "shell": True}},
-        {"type": "sleep", "parameters": {"seconds": 1.5}},
-        {"type": "activate_window", "parameters": {"window_name": TITLE}},
+        {"type": "execute", "parameters": {"command": ["bash", "-c", _IN_FRONT]}},
     ],
     "evaluator": {
         "func": "exact_match",
@@ -217,6 +223,9 @@ async def _reset(stage: Stage, told: Told) -> Job:
     output, task = told.output, _TASK_SIM if stage.provider == "sim" else _TASK_SHELL
     _line(output, "task", task["instruction"])
     job = await stage.env.submit(task)
+    if job.eta_s is not None and job.eta_s > LONG:
+        words = f"about {clock(job.eta_s)} until there is a desktop; `envd demo --own` has one sooner, of its own"
+        _line(output, "patience", words, "yellow")
     if not output.quiet:
         await watch(stage.env.client, job.id, output)
     job = await stage.env.client.wait(job.id)

@@ -88,7 +88,8 @@ def show(found: Survey, *, dry_run: bool, output: Console | None = None) -> None
 async def remove(
     settings: Settings, agreed: Survey, *, as_json: bool, dry_run: bool, output: Console | None = None
 ) -> int:
-    """Remove what was agreed to, unless the daemon was started meanwhile. 0 if all of it is gone, else 1."""
+    """Remove what was agreed to, unless the daemon was started meanwhile. 0 if all of it is gone and all was looked at,
+    else 1."""
     output = output or console()
     gone: list[str] = []
     kept: dict[str, str] = {}
@@ -124,7 +125,7 @@ async def remove(
                 "kept": kept,
             }
         )
-    return 1 if kept else 0
+    return 1 if kept or agreed.unseen else 0
 
 
 async def _look(settings: Settings, ours: str) -> tuple[list[Left], list[str]]:

@@ -377,7 +377,7 @@ def overridden(said: Mapping[str, str], environ: Mapping[str, str]) -> list[str]
 def next_words(settings: Settings, said: Mapping[str, str], file: Path) -> list[str]:
     """What to do now."""
     start = "envd serve" if file == Path(".env") else f"cd {file.parent} && envd serve"
-    words = [f"Start it:      {start}"]
+    words = ["Look first:    envd doctor", f"Start it:      {start}"]
     if "ENVD_HOST" in said:
         words.append(f"Trainers use:  ENVD_URL=http://{socket.gethostname()}:{settings.port}")
         if "ENVD_TOKEN" in said:

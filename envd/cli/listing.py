@@ -40,8 +40,9 @@ def print_list(output: Console, names: Sequence[str], rows: Sequence[Sequence[st
     told = [[clean(cell) for cell in row] for row in rows]
     if output.is_terminal:
         table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False, header_style="dim")
-        for name in names[:-1]:
-            table.add_column(name, overflow="fold")
+        for column, name in enumerate(names[:-1]):
+            # The first is what the row is of: its id is copied, and must be in one piece.
+            table.add_column(name, overflow="fold", no_wrap=column == 0)
         table.add_column(names[-1], ratio=1, overflow="fold")
         for row in told:
             table.add_row(*map(Text, row))

@@ -118,7 +118,7 @@ def _env_row(env: Env, now: float) -> tuple[str, ...]:
         env.desktop.id if env.desktop else "",
         f"{env.lease.owner}, {clock(env.lease.expires_at - now)} left" if env.lease else "",
         ", ".join(filter(None, (env.job_id, env.waiting_job_id and f"then {env.waiting_job_id}"))),
-        env.detail,
+        "" if env.job_id else env.detail,
     )
 
 

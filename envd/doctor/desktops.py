@@ -296,7 +296,7 @@ async def _containers(engine: Engine, here: Here) -> Finding:
             "warning",
             f"{len(ours)} containers of this state directory's daemon, which does not run: its next start takes them "
             f"over or removes them{told}",
-            f"envd serve; or docker rm -fv $(docker ps -aq --filter label={DAEMON}={mine})",
+            "envd serve; or envd gc --dry-run, and envd gc",
         )
     return Finding(
         "leftovers", "ok", f"{len(ours)} containers, of the daemon that runs{told}" if ours else f"none{told}"
@@ -331,7 +331,7 @@ def leftovers(here: Here) -> Finding:
     if here.daemon is not None:
         return Finding("leftovers", "ok", f"none; {len(left)} desktop{'s' * (len(left) != 1)} of the daemon that runs")
     detail = f"{len(left)} of a daemon that was killed: {', '.join(left[:5])}. The next start removes what is left"
-    return Finding("leftovers", "warning", detail, "make serve, or envd serve")
+    return Finding("leftovers", "warning", detail, "envd serve; or envd gc --dry-run, and envd gc")
 
 
 async def capacity(here: Here) -> list[Finding]:

@@ -29,6 +29,7 @@ from .. import __version__
 from ..access import is_loopback
 from ..errors import EnvdError, SettingsError
 from ..findings import Finding, Look, gather
+from ..settings import without_logins
 from .wire import Reply, ask, opened
 
 CONNECT = 5.0
@@ -67,9 +68,14 @@ def server_at(url: str, token: str) -> Server:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise SettingsError(f"{url!r} is no URL: {error}.", hint="Give it as http://HOST:15001.") from error
+        raise SettingsError(
+            f"{without_logins(url)!r} is no URL: {error}.", hint="Give it as http://HOST:15001."
+        ) from error
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.username is not None:
-        raise SettingsError(f"{url!r} is not the address of a server.", hint="Give it as http://HOST:15001.")
+        raise SettingsError(
+            f"{without_logins(url)!r} is not the address of a server.",
+            hint="Give it as http://HOST:15001, without a user: what a server wants is a token, ENVD_TOKEN.",
+        )
     port = port or (443 if parts.scheme == "https" else 80)
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
     return Server(f"{parts.scheme}://{host}:{port}", parts.scheme, parts.hostname, port, token)
@@ -107,12 +113,9 @@ async def examine(
         ]
         if admitted.verdict != "failed":
             looks.append(("envs", partial(envs, session, server)))
+            looks.append(("bandwidth", partial(bandwidth, session, server)))
         # One after another: what is timed is not to wait for the others.
         found += await gather(looks, told=broke, at_once=1, within=30.0)
-        if admitted.verdict != "failed":
-            found += await gather(
-                [("bandwidth", partial(bandwidth, session, server))], told=broke, at_once=1, within=30.0
-            )
     if full and admitted.verdict != "failed":
         await run_sync(import_module, ".trial", __package__)  # only here: it looks at pictures, which takes Pillow
         from .trial import desktop

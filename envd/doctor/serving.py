@@ -21,6 +21,7 @@ from .. import __version__
 from ..access import access_of, is_loopback
 from ..errors import SettingsError
 from ..findings import Finding
+from ..journal import ROOM
 from ..network import Holder, command_of, holder_of, urls
 from ..settings import VARIABLES, Settings, effective
 from ..vm.disks import GIB, in_words
@@ -31,8 +32,6 @@ THE_DAEMON = "the daemon that runs"
 """Origin of a setting that was taken from it."""
 PATIENCE = 2.0
 """Seconds in which a daemon of this host answers, unless it is stuck."""
-FLOOR = 64 * 1024**2
-"""Bytes below which no new work is taken (`journal.py`)."""
 LITTLE = 2 * GIB
 """Bytes from which on evidence and caches fit for a while."""
 _OURS = frozenset({"host", "port", "token", "client_password", "url", "log_level", "log_format"})
@@ -223,6 +222,8 @@ def _told_access(told: Mapping[str, Any]) -> Finding:
     tokens += ["the tokens of ENVD_TOKEN_FILE"] if value("ENVD_TOKEN_FILE") else []
     host, port, allowed = str(value("ENVD_HOST") or ""), int(value("ENVD_PORT") or 0), value("ENVD_ALLOW") or []
     insecure, tls = bool(value("ENVD_INSECURE")), bool(value("ENVD_TLS_CERT"))
+    if not (tokens or allowed or insecure or is_loopback(host)):
+        tokens = ["the tokens of its service's credentials"]  # without any it would not have started
     return _access(host, port, " and ".join(tokens), allowed, insecure=insecure, tls=tls)
 
 
@@ -282,7 +283,7 @@ def state_of(settings: Settings, daemon: Daemon | None) -> list[Finding]:
 
 def disk_of(directory: Path, usage: Any) -> Finding:
     """`usage` is what shutil.disk_usage tells."""
-    floor = min(FLOOR, usage.total // 50)
+    floor = min(ROOM, usage.total // 50)
     told = f"{in_words(usage.free)} of {in_words(usage.total)} free at {directory}"
     if usage.free < floor:
         return Finding(

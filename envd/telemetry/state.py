@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 logger = structlog.get_logger(__name__)
 
+LAGS = 30
+"""Samples that make up a minute: a scrape in between must not miss what another one has not seen."""
 PLAIN = "text/plain; version=0.0.4; charset=utf-8"
 Families = Iterator[Metric]
 
@@ -158,10 +160,6 @@ def _host(service: Service) -> Families:
     yield _gauge("disk_free_bytes", "What is free on it.", sample.disk_free)
     latest = max(one.loop_lag_s for one in service.host.samples[-LAGS:])
     yield _gauge("loop_lag_seconds", "The latest that the event loop was within the last minute.", latest)
-
-
-LAGS = 30
-"""Samples that make up a minute: a scrape in between must not miss what another one has not seen."""
 
 
 def _journal(service: Service) -> Families:

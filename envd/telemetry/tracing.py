@@ -14,6 +14,7 @@ All but requests is made of events, and of the times that these tell: what is tr
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -21,12 +22,8 @@ from contextlib import asynccontextmanager, contextmanager
 from typing import TYPE_CHECKING, Any
 
 import anyio
-import anyio.from_thread
-import anyio.lowlevel
 import anyio.to_thread
 import structlog
-from starlette.datastructures import Headers
-from starlette.types import Scope
 
 from .. import __version__
 from ..models import Event, Job
@@ -100,7 +97,7 @@ class Tracing:
 
     @classmethod
     def to(cls, exporter: SpanExporter | None, environ: Mapping[str, str], daemon_id: str) -> Tracing:
-        """Every span goes to `exporter` as it ends."""
+        """Every span goes to `exporter` as it ends; with None nowhere yet."""
         from opentelemetry.sdk.resources import Resource
         from opentelemetry.sdk.trace import TracerProvider
         from opentelemetry.sdk.trace.export import SimpleSpanProcessor
@@ -118,15 +115,14 @@ class Tracing:
         for spans in self._jobs.values():
             spans.end(time.time())
         self._jobs.clear()
-        sent = anyio.Event()
-        token = anyio.lowlevel.current_token()
+        sent, loop = asyncio.Event(), asyncio.get_running_loop()
 
         def shut_down() -> None:
             self.provider.shutdown()
             try:
-                anyio.from_thread.run_sync(sent.set, token=token)
+                loop.call_soon_threadsafe(sent.set)
             except RuntimeError:
-                pass  # nobody waits any more
+                pass  # the loop has ended before
 
         # A daemon thread: one that cannot reach its collector must not hold up the end of the process.
         threading.Thread(target=shut_down, name="last spans", daemon=True).start()
@@ -136,9 +132,9 @@ class Tracing:
     # -- requests ---------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def request(self, scope: Scope) -> Iterator[RequestSpan]:
-        """The span of a request, while it is served. Its log lines carry the id of its trace."""
-        headers = dict(Headers(scope=scope))
+    def request(self, scope: Mapping[str, Any]) -> Iterator[RequestSpan]:
+        """The span of a request, by its ASGI scope, while it is served. Its log lines carry the id of its trace."""
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         parent = self._propagator.extract(headers)
         method = str(scope.get("method", "WEBSOCKET"))
         about = {"http.request.method": method, "url.path": scope["path"][:TOLD]}

@@ -4,10 +4,17 @@ The page holds nothing of this daemon, so anybody may load it; what it shows it 
 It is of one origin with pages of guests (noVNC), so it keeps no secret where they could read it, is shown in no frame,
 and loads and runs nothing but its own files.
 
-    index.html   the outline, and what is made from templates     style.css   tokens, then parts
-    main.js      starts everything                                store.js    what is known, by message
-    api.js       requests, the token, problems                    stream.js   the stream of events, for ever
-    view.py      what that stream tells beside the events
+    view.py       what the stream of events tells for it, beside them
+
+    index.html    the outline                        style.css    tokens, then parts, then widths
+    main.js       puts it together                   theme.js     light or dark, before anything is painted
+    stream.js     the stream, for ever               store.js     what is known, changed by each message
+    api.js        requests, the token, problems      commands.js  cancel, recycle, drain; links that leave the page
+    head.js       readiness and figures              envs.js      the cards
+    boots.js      boots and the queue                phases.js    a job's phases and probes
+    charts.js     reset times, failures, the host    lists.js     verdicts and activity
+    film.js       an episode, step by step           marks.js     what a step did, drawn
+    pictures.js   screens, where somebody looks      dom.js, format.js, dialogs.js
 """
 
 from __future__ import annotations

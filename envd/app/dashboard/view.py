@@ -83,7 +83,9 @@ class View:
 
     def envs(self, concerned: Collection[int] | None = None) -> Iterator[dict[str, Any]]:
         """Those (of all, unless it is said which are concerned) that are not as this watcher was told last."""
-        for number in range(len(self._service.envs)) if concerned is None else sorted(concerned):
+        for number in range(len(self._service.envs)):
+            if concerned is not None and number not in concerned:
+                continue  # of an earlier life with more envs there may be events, too
             env = self._service.env(number)
             if self._told.get(number) != env:
                 self._told[number] = env
@@ -93,7 +95,7 @@ class View:
 def concerned(events: Collection[Event]) -> set[int]:
     """The envs that these events are about."""
     found = {event.env for event in events if event.env is not None}
-    return found.union(*(event.data["envs"] for event in events if event.kind == "lease"))
+    return found.union(*(event.data.get("envs", ()) for event in events if event.kind == "lease"))
 
 
 def _thinned(samples: tuple[Any, ...]) -> tuple[Any, ...]:

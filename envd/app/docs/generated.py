@@ -47,7 +47,7 @@ def settings_page() -> str:
         if field in SETTING_GROUPS:
             lines += [f"\n## {SETTING_GROUPS[field]}\n", "| setting | default | meaning |", "|---|---|---|"]
         about = Settings.model_fields[field]
-        meaning = " ".join((about.description or "").split()).replace("|", "\\|")
+        meaning = _cell(" ".join((about.description or "").split()))
         default = default_of(field)
         lines.append(f"| `{variable}` | {f'`{default}`' if default else ''} | {_coded(meaning)} |")
     return MARK + "\n".join(lines) + "\n"
@@ -97,10 +97,15 @@ def commands_page() -> str:
             lines += [
                 "| argument | meaning |",
                 "|---|---|",
-                *(f"| `{name}` | {words} |".replace("[required]", "") for name, words in shown),
+                *(f"| `{_cell(name)}` | {_cell(words)} |" for name, words in shown),
                 "",
             ]
     return MARK + "\n".join(lines)
+
+
+def _cell(words: str) -> str:
+    """As a cell of a table takes it."""
+    return words.replace("|", "\\|").replace("[required]", "").rstrip()
 
 
 def _commands(command: Any, path: str) -> Iterator[tuple[str, Any]]:

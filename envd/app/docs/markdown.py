@@ -124,10 +124,14 @@ class _Renderer(RendererHTML):
         return "</a>" if target_of(env["page"], str(tokens[index].attrGet("href"))) is not None else "</span>"
 
     def image(self, tokens: Sequence[Token], index: int, options: OptionsDict, env: Env) -> str:
-        """A drawing of ours, in the page itself: it follows the page's theme, and nothing is loaded."""
-        drawing = (_PICTURES / Path(str(tokens[index].attrGet("src"))).name).read_text(encoding="utf-8")
+        """A drawing of ours, in the page itself: it follows the page's theme, and nothing is loaded. Of any other
+        picture, what it shows."""
+        label, source = escape(tokens[index].content), Path(str(tokens[index].attrGet("src")))
+        if source.suffix != ".svg":
+            return f'<span class="file" title="a picture in the source">{label}</span>'
+        drawing = (_PICTURES / source.name).read_text(encoding="utf-8")
         drawing = re.sub(r"\A.*?(?=<svg)", "", drawing, flags=re.DOTALL)
-        named = drawing.replace("<svg", f'<svg role="img" aria-label="{escape(tokens[index].content)}"', 1)
+        named = drawing.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
         return f'<span class="picture">{named}</span>'
 
     def fence(self, tokens: Sequence[Token], index: int, options: OptionsDict, env: Env) -> str:

@@ -10,10 +10,11 @@ const BESIDE = 8; // rows that are there beyond those seen
 
 const about = (job) => (job.env === null ? job.kind : `env ${job.env}`);
 
-/** "ready in about 12 s", from what earlier jobs took */
+/** How long it still takes, from what earlier jobs took. */
 function expected(job) {
   if (job.eta_s === null) return "no estimate yet";
-  return job.eta_s >= 1 ? `about ${counting(job.eta_s)} left` : "any moment";
+  if (job.eta_s >= 1) return `about ${counting(job.eta_s)} left`;
+  return job.eta_s > 0 ? "any moment" : "longer than earlier ones took";
 }
 
 export class Boots {

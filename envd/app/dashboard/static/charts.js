@@ -4,11 +4,11 @@ import { byId, el, setAttribute, setText, svg } from "./dom.js";
 import { bytes, clock, duration, percent, plural } from "./format.js";
 
 const PATHS = ["spare", "restore", "cold"];
-const FAULTS = ["infra", "capacity", "task", "client"];
+const FAULTS = ["infra", "capacity", "task", "agent", "client"];
 const RESETS = { height: 132, left: 40, right: 8, top: 8, bottom: 20 };
 const SCALE = [0.1, 1, 10, 60, 600, 3600]; // seconds that are named on the axis
 const SPARK = { width: 240, height: 34 };
-const HALF_HOUR = 1800;
+const SHORTEST = 120; // seconds that the host's charts show at least
 
 /** How wide `node` is, told whenever that changes. */
 function onWidth(node, tell) {
@@ -145,7 +145,12 @@ export class HostCharts {
   }
 
   render() {
-    for (const line of this.#lines) line.update(this.#store.host, this.#store.stats?.host, this.#store.now);
+    const { host, stats, now } = this.#store;
+    if (!stats?.host) return;
+    const samples = [...host.filter((one) => one.at < stats.host.at), stats.host];
+    const span = Math.max(SHORTEST, now - samples[0].at);
+    for (const line of this.#lines) line.update(samples, now, span);
+    setText(byId("host-count"), `last ${plural(Math.round(span / 60), "minute")}`);
   }
 }
 
@@ -166,11 +171,11 @@ class Spark {
     this.node = el("div", { class: "host-row" }, el("span", { class: "host-name", text: name }), this.#plot, this.#value);
   }
 
-  update(samples, latest, now) {
-    if (!latest) return;
+  update(samples, now, span) {
     const { width, height } = SPARK;
-    const points = [...samples.filter((one) => one.at < latest.at), latest].map((one) => {
-      const x = Math.max(0, width * (1 - (now - one.at) / HALF_HOUR));
+    const latest = samples.at(-1);
+    const points = samples.map((one) => {
+      const x = Math.max(0, width * (1 - (now - one.at) / span));
       return `${x.toFixed(1)},${(1 + (height - 2) * (1 - Math.min(1, Math.max(0, this.#share(one))))).toFixed(1)}`;
     });
     const first = points[0].split(",")[0];
@@ -178,8 +183,8 @@ class Spark {
     setAttribute(this.#line, "d", `M${points.join("L")}`);
     setAttribute(this.#area, "d", `M${first},${height}L${points.join("L")}L${end},${height}Z`);
     setText(this.#value, this.#words(latest));
-    const most = Math.max(...samples.map(this.#share), this.#share(latest));
-    setAttribute(this.#plot, "aria-label", `${this.#name}: ${percent(this.#share(latest))} in use now, ${percent(most)} at most in the last half hour`);
+    const most = Math.max(...samples.map(this.#share));
+    setAttribute(this.#plot, "aria-label", `${this.#name}: ${percent(this.#share(latest))} in use now, ${percent(most)} at most in the last ${plural(Math.round(span / 60), "minute")}`);
     // Processors that are all busy do what they are for.
     setAttribute(this.node, "data-tone", this.#name !== "CPU" && this.#share(latest) > 0.95 ? "bad" : null);
   }

@@ -3,6 +3,7 @@
 import { may, openable, post } from "./api.js";
 import { ask } from "./dialogs.js";
 import { el, say, setAttribute } from "./dom.js";
+import { plural } from "./format.js";
 
 async function attempt(work) {
   try {
@@ -28,7 +29,7 @@ export async function cancel(job) {
 export async function recycle(env) {
   const played = env.episode && !env.episode.done;
   const words =
-    (played ? `Its episode ends without a verdict after ${env.episode.steps} steps. ` : "") +
+    (played ? `Its episode ends without a verdict after ${plural(env.episode.steps, "step")}. ` : "") +
     "It is reset without a task: its desktop is removed, and a clean one takes its place.";
   if (!(await ask({ title: `Give env ${env.id} a clean desktop?`, words, yes: "Recycle it" }))) return;
   await attempt(async () => {

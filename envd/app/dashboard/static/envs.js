@@ -6,7 +6,7 @@ import { counting, score, shortDesktop } from "./format.js";
 import { Phases, Probes } from "./phases.js";
 import { Live } from "./pictures.js";
 
-const WIDTH = 480; // px of a picture on a card
+const WIDTHS = [480, 960, 1440]; // px of a picture on a card, by how large that is
 
 const STATES = {
   playing: ["playing", "good"],
@@ -14,12 +14,14 @@ const STATES = {
   resetting: ["resetting", "warn"],
   waiting: ["reset queued", "warn"],
   lost: ["desktop lost", "bad"],
+  failed: ["reset failed", "bad"],
   empty: ["empty", "idle"],
 };
 
-/** What the env does, as people put it. */
-function stateOf(env) {
+/** What the env does, as people put it. `failure` is what its last reset failed with, if it did. */
+function stateOf(env, failure) {
   if (env.waiting_job_id && env.state !== "resetting") return "waiting";
+  if (env.state === "empty" && failure) return "failed";
   return env.state === "playing" && env.episode?.done ? "done" : env.state;
 }
 
@@ -34,7 +36,20 @@ export function verdictWords(verdict) {
   return { words, tone: "bad", why: [verdict.fault && `fault: ${verdict.fault}`, verdict.detail].filter(Boolean).join(". ") };
 }
 
-const FILTERS = { all: () => true, playing: (env) => env.state === "playing", resetting: (env) => env.state === "resetting", trouble: (env) => env.state === "lost" };
+/** As `verdictWords`; the score of an earlier episode must not look like one of the episode that is played. */
+function verdictFor(env, latest) {
+  const verdict = verdictWords(latest);
+  if (!latest || latest.episode_id === env.episode?.id) return verdict;
+  const words = env.episode ? `none yet; before: ${verdict.words}` : `before: ${verdict.words}`;
+  return { words, tone: "idle", why: verdict.why };
+}
+
+const FILTERS = {
+  all: () => true,
+  playing: (state) => state === "playing",
+  resetting: (state) => state === "resetting" || state === "waiting",
+  trouble: (state) => state === "lost" || state === "failed",
+};
 
 export class Envs {
   #store;
@@ -68,11 +83,12 @@ export class Envs {
 
   render() {
     const envs = [...this.#store.envs.values()].sort((a, b) => a.id - b.id);
-    const shown = envs.filter(FILTERS[this.#filter]);
+    const states = envs.map((env) => stateOf(env, this.#store.failureOf.get(env.id)));
+    const shown = envs.filter((_, place) => FILTERS[this.#filter](states[place]));
     this.#cards.render(shown);
     setHidden(byId("no-cards"), shown.length > 0);
     for (const [name, button] of this.#buttons) {
-      setText(button, `${name} ${envs.filter(FILTERS[name]).length}`);
+      setText(button, `${name} ${states.filter(FILTERS[name]).length}`);
       setAttribute(button, "aria-pressed", name === this.#filter);
     }
   }
@@ -112,7 +128,7 @@ class Card {
     this.#store = store;
     this.#env = env;
     this.#watch = watch;
-    this.#live = new Live(this.#image, `/v1/envs/${id}/screenshot?width=${WIDTH}`, (words) => this.#explain(words));
+    this.#live = new Live(this.#image, () => `/v1/envs/${id}/screenshot?width=${this.#width}`, (words) => this.#explain(words));
     this.#vnc = outward(`/v1/envs/${id}/vnc/`, "Screen", { label: `The live screen of env ${id}, in a new tab` });
     this.#bundle = outward("", "Bundle", { download: true, label: `Download what the episode of env ${id} left` });
     for (const link of [this.#vnc, this.#bundle]) link.addEventListener("click", (event) => isAllowed(link) || block(event), true);
@@ -157,6 +173,11 @@ class Card {
     this.#live.end();
   }
 
+  get #width() {
+    const shown = this.#image.clientWidth * devicePixelRatio;
+    return WIDTHS.find((width) => width >= shown) ?? WIDTHS.at(-1);
+  }
+
   get #job() {
     return this.#store.jobs.get(this.#env.job_id) ?? this.#store.jobs.get(this.#env.waiting_job_id) ?? null;
   }
@@ -164,7 +185,7 @@ class Card {
   update(env) {
     this.#env = env;
     const { episode, desktop } = env;
-    const state = stateOf(env);
+    const state = stateOf(env, this.#store.failureOf.get(env.id));
     const [words, tone] = STATES[state];
     setText(this.#state, words);
     setAttribute(this.#state, "data-tone", tone);
@@ -184,7 +205,7 @@ class Card {
 
     setText(this.#desktop, desktop ? `${shortDesktop(desktop.id)}${episode ? ` · ${episode.reset_path}` : ""}` : "none");
     setAttribute(this.#desktop, "title", desktop?.id);
-    const verdict = verdictWords(this.#store.verdictOf.get(env.id));
+    const verdict = verdictFor(env, this.#store.verdictOf.get(env.id));
     setText(this.#verdict, verdict.words);
     setAttribute(this.#verdict, "data-tone", verdict.tone);
     setAttribute(this.#verdict, "title", verdict.why);
@@ -209,13 +230,13 @@ class Card {
   #absence({ id, state, detail }) {
     if (state === "resetting") return "";
     if (state === "lost") return detail;
-    const error = this.#store.ended.findLast((job) => job.env === id)?.error;
+    const error = this.#store.failureOf.get(id);
     return error ? [`The last reset failed: ${error.code}.`, error.detail, error.hint].filter(Boolean).join(" ") : "No desktop.";
   }
 
-  #taskOf({ episode, state, detail }) {
+  #taskOf({ episode, state }) {
     if (episode) return episode.instruction || episode.task_id || "No task: a plain desktop.";
-    if (state !== "resetting") return detail || "No episode.";
+    if (state !== "resetting") return "No episode.";
     return this.#job?.task_id ? `Becomes task ${this.#job.task_id}.` : "Becomes a plain desktop.";
   }
 

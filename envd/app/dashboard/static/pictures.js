@@ -52,7 +52,7 @@ export function release(image) {
   image.removeAttribute("src");
 }
 
-/** Keeps the picture of one screen fresh while it is seen. `said(words)` is told why there is none, or "". */
+/** Keeps the picture of one screen, at `path()`, fresh while it is seen. `said(words)` is told why there is none, or "". */
 export class Live {
   #image;
   #path;
@@ -107,7 +107,7 @@ export class Live {
     this.#loading = true;
     this.#stale = false;
     try {
-      await show(this.#image, this.#path);
+      await show(this.#image, this.#path());
       this.#said("");
     } catch (error) {
       release(this.#image);

@@ -16,6 +16,7 @@ export class Store {
   ended = [];
   verdicts = [];
   verdictOf = new Map(); // env → its latest
+  failureOf = new Map(); // env → what its last reset failed with, or null
   news = [];
   lines = new Map(); // job → what was said of it lately
   host = [];
@@ -75,6 +76,7 @@ export class Store {
     this.jobs = new Map(told.jobs.map((job) => [job.id, job]));
     this.ended = told.ended;
     this.#endedIds = new Set(told.ended.map((job) => job.id));
+    this.failureOf = new Map(told.ended.map((job) => [job.env, job.error]));
     this.verdicts = told.verdicts;
     this.verdictOf = new Map(told.verdicts.map((verdict) => [verdict.env, verdict]));
     this.news = told.news;
@@ -119,6 +121,7 @@ export class Store {
       this.lines.delete(job.id);
       this.#endedIds.add(job.id);
       this.ended = [...this.ended, job].slice(-ENDED);
+      this.failureOf.set(job.env, job.error);
     } else if (job.version >= (this.jobs.get(job.id)?.version ?? 0)) this.jobs.set(job.id, job);
   }
 
