@@ -535,4 +535,8 @@ quietly() {
   rm -f "$log"
 }
 
-main "$@"
+# Read whole before it runs: the checkout may be updated meanwhile.
+{
+  main "$@"
+  exit
+}
