@@ -199,6 +199,19 @@ async def test_a_lease_is_told_of_by_its_beginning(caplog: pytest.LogCaptureFixt
     assert {line["lease"] for line in lines} == {lease["id"][:10]}
 
 
+async def test_whoever_reads_the_log_cannot_use_a_lease_that_it_tells_of(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    async with serving() as served:
+        _, lease = await served.post("/v1/leases", {})
+        for path in (lease["id"], lease["id"].replace("e", "%65"), f"{lease['id']}/renew", f"{lease['id']}//odd"):
+            await served.ask("POST", f"/v1/leases/{path}", {})
+        await served.ask("DELETE", f"/v1/leases/{lease['id']}")
+    lines = [record.__dict__ for record in caplog.records if record.name.startswith("envd")]
+    assert f"/v1/leases/{lease['id'][:10]}…/renew" in {line.get("path") for line in lines}
+    assert {line["msg"] for line in lines} >= {"request", "audit"}
+    assert [line for line in lines if lease["id"] in repr({**line, "detail": ""})] == []
+
+
 async def test_a_websocket_is_a_request_that_ends(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     async with serving(Behaviour(vnc=True)) as served:

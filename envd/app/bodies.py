@@ -20,11 +20,9 @@ from ..errors import BodyTooLarge, BodyTooSlow, EnvdError, InvalidRequest, Malfo
 from ..leases import HEADER
 from ..models import Job
 from ..service import Service
-from ..telemetry.about import note
+from ..telemetry.about import SHORT_LEASE, note
 from .gate import CALLER
 
-SHORT_LEASE = 10
-"""Characters of a lease's id that are told: whoever knows all of it may use the lease."""
 LONGEST_POLL = 60.0
 """Seconds that a request may be held; below the idle limits of proxies."""
 MOST_FIELDS = 100

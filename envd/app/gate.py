@@ -15,7 +15,7 @@ from starlette.types import Scope as AsgiScope
 
 from ..access import Access, Caller, Scope
 from ..errors import EnvdError, Forbidden, MisdirectedRequest, TooManyRequests
-from ..telemetry.about import note
+from ..telemetry.about import note, path_of
 from .problems import refuse
 
 logger = structlog.get_logger(__name__)
@@ -170,7 +170,7 @@ def _write(caller: Caller | None, scope: AsgiScope, status: int) -> None:
         how=caller.how if caller else "refused",
         address=caller.address if caller else _peer_of(scope),
         method=scope.get("method", "WEBSOCKET"),
-        path=scope["raw_path"].decode("ascii", "replace"),
+        path=path_of(scope),
         status=status,
     )
 

@@ -22,7 +22,7 @@ from starlette.types import ASGIApp, ExceptionHandler, Message, Receive, Scope, 
 
 from .. import __version__
 from ..errors import EnvdError, InternalError, MethodNotAllowed, NotFound, RequestError
-from ..telemetry.about import HEADERS, Fact, gathered, note
+from ..telemetry.about import HEADERS, SHORT_LEASE, Fact, gathered, note, path_of
 from ..telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -171,8 +171,7 @@ class _Seen:
 
     @property
     def facts(self) -> dict[str, Any]:
-        # Still percent-encoded: what a stranger sends must not move the cursor of whoever reads the log.
-        return {"method": self.method, "path": self.scope["raw_path"].decode("ascii", "replace")}
+        return {"method": self.method, "path": path_of(self.scope)}
 
     def watching(self, send: Send, body: _Body | None = None) -> Send:
         """`send`, with what every answer has."""
@@ -212,7 +211,7 @@ class _Seen:
         for name, fact in IN_PATHS.items():
             value = self.scope.get("path_params", {}).get(name, "")
             if fact not in self.about and re.fullmatch(r"[\w.:-]{1,64}", value, re.ASCII):
-                self.about[fact] = value[:10] if name == "lease" else value
+                self.about[fact] = value[:SHORT_LEASE] if name == "lease" else value
 
     def log(self) -> None:
         write = logger.debug if _is_routine(self.scope, self.status) else logger.info

@@ -27,6 +27,7 @@ import structlog
 
 from .. import __version__
 from ..models import Event, Job
+from .about import path_of
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -137,7 +138,7 @@ class Tracing:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         parent = self._propagator.extract(headers)
         method = str(scope.get("method", "WEBSOCKET"))
-        about = {"http.request.method": method, "url.path": scope["path"][:TOLD]}
+        about = {"http.request.method": method, "url.path": path_of(scope)[:TOLD]}
         span = self._tracer.start_span(method, context=parent, kind=self._trace.SpanKind.SERVER, attributes=about)
         token = self._context.attach(self._trace.set_span_in_context(span, parent))
         trace_id = self._trace.format_trace_id(span.get_span_context().trace_id)
