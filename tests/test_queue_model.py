@@ -34,6 +34,7 @@ from envd.drivers.base import Death, Driver, InstanceSpec, Made, Report, Traits
 from envd.episodes import Envs
 from envd.errors import BootFailed, Draining, InfraError, QueueFull
 from envd.events import EventLog
+from envd.host import Host
 from envd.models import (
     DesktopState,
     Endpoints,
@@ -283,6 +284,9 @@ class NoEvidence:
     def close(self, **facts: Any) -> None: ...
 
 
+async def nothing(host: Host) -> None: ...
+
+
 def wanted(raw: dict[str, Any], **how: Any) -> Reset:
     return Reset(task=parse(raw, Abilities()), **how)
 
@@ -310,6 +314,8 @@ class QueueMachine(RuleBasedStateMachine):
         self.patch.setattr(fleet, "time", clock)
         self.patch.setattr(spares, "time", clock)
         self.patch.setattr(account, "time", clock)
+        # It looks ten times a second, for as many hours as pass, from threads that take turns of another clock.
+        self.patch.setattr(Host, "run", nothing)
         self.patch.setattr(queue, "Estimates", NoMemory)
         self.patch.setattr(fleet, "Cdp", LivingChrome)
         self.patch.setattr(fleet, "Guest", LivingGuest)
