@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from aiohttp import web
 from cli_process import envd
 from rich.text import Text
 
+from envd.cli import app, completion
 from envd.cli.listing import PlainConsole
 from envd.errors import NotFound
 from envd.models import Env, EnvState, Episode, ResetPath
@@ -35,9 +37,9 @@ async def answering(answers: dict[str, Any], status: int = 200, kind: str = "app
             return web.Response(body=document, content_type="application/x-tar")
         return web.json_response(document, status=status, content_type=kind)
 
-    app = web.Application()
-    app.router.add_route("*", "/{path:.*}", answer)
-    runner = web.AppRunner(app)
+    server = web.Application()
+    server.router.add_route("*", "/{path:.*}", answer)
+    runner = web.AppRunner(server)
     await runner.setup()
     try:
         site = web.TCPSite(runner, "127.0.0.1", 0)
@@ -99,3 +101,61 @@ async def test_evidence_is_saved_here_whatever_the_episode_is_called(tmp_path: P
     assert ran.returncode == 0, ran.stderr
     assert sorted(os.listdir(here)) == ["..%2Fthere.tar"]
     assert not (tmp_path / "there.tar").exists()
+
+
+class Typed(typer.Context):
+    """What completion knows of the command line."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(typer.main.get_command(app))
+        self.params = {"url": url}
+
+
+@pytest.fixture
+def patient(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Completion that waits for its server, and reads no settings of whoever runs this."""
+    monkeypatch.setattr(completion, "SECONDS", 20)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ENVD_TOKEN", "t" * 20)
+
+
+@pytest.mark.usefixtures("patient")
+async def test_a_shell_is_offered_nothing_that_it_would_run() -> None:
+    listed = ["ep-1", "$(reboot)", "`reboot`", "a\nb", "x; y", "-rf", EVIL, ""]
+    job = {"id": "job-1", "kind": "reset", "env": None, "state": EVIL, "ended_at": None}
+    async with answering({"/v1/episodes": {"episodes": listed}, "/v1/jobs": {"jobs": [job]}}) as url:
+        assert await asyncio.to_thread(completion.episodes, Typed(url), "") == [("ep-1", "")]
+        [(job_id, words)] = await asyncio.to_thread(completion.active_jobs, Typed(url), "")
+    assert job_id == "job-1"
+    assert STEERS.findall(words) == []
+
+
+@pytest.mark.usefixtures("patient")
+@pytest.mark.parametrize("answer", [[], {"envs": [{}]}, {"envs": 7}, {"envs": ["0"]}, None])
+async def test_what_is_no_list_of_envs_is_nothing_to_offer(answer: Any) -> None:
+    async with answering({"/v1/envs": answer}) as url:
+        assert await asyncio.to_thread(completion.env_numbers, Typed(url), "") == []
+
+
+@pytest.mark.usefixtures("patient")
+async def test_the_token_is_not_sent_where_a_server_sends_its_callers() -> None:
+    seen: list[str] = []
+
+    async def elsewhere(request: web.Request) -> web.Response:
+        seen.append(request.headers.get("Authorization", ""))
+        return web.json_response({"envs": [{"id": 5, "state": "empty"}]})
+
+    async def away(request: web.Request) -> web.Response:
+        raise web.HTTPFound(f"http://127.0.0.1:{port}/elsewhere")
+
+    server = web.Application()
+    server.add_routes([web.get("/v1/envs", away), web.get("/elsewhere", elsewhere)])
+    runner = web.AppRunner(server)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    port = runner.addresses[0][1]
+    try:
+        assert await asyncio.to_thread(completion.env_numbers, Typed(f"http://127.0.0.1:{port}"), "") == []
+    finally:
+        await runner.cleanup()
+    assert seen == []

