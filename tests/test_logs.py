@@ -58,6 +58,31 @@ def test_the_newest_lines_are_kept_and_numbered_for_ever() -> None:
     assert events(lines.after(lines.number_of(f"{lines.life}-9"), EVERYTHING)[0]) == ["9"]
 
 
+def test_long_lines_are_kept_within_a_bound_of_their_own() -> None:
+    lines = Lines(1000, characters=3 * LONGEST)
+    for number in range(100):
+        lines.keep({"event": str(number), "data": "x" * 10 * LONGEST}, "envd.test", logging.INFO)
+        held, reached = lines.after(0, EVERYTHING)
+        assert sum(len(line.text) for line in held) <= 3 * LONGEST
+    assert events(held)[-1] == "99"
+    assert reached == 100
+    lines.keep({"event": "short"}, "envd.test", logging.INFO)
+    assert events(lines.after(reached, EVERYTHING)[0]) == ["short"]
+    assert lines.after(5000, EVERYTHING) == ([], 5000)
+
+
+def test_who_follows_looks_at_what_is_new_alone() -> None:
+    class Counting(Wanted):
+        def has(self, line: Line) -> bool:
+            looked.append(line.number)
+            return super().has(line)
+
+    looked: list[int] = []
+    lines = kept(*({"event": "old"} for _ in range(100)), {"event": "new"})
+    lines.after(100, Counting())
+    assert looked == [101]
+
+
 @pytest.mark.parametrize("line_id", ["", "other-3", "x", "-5", f"{'9' * 30}", "a-²"])
 def test_a_line_of_another_life_is_before_all_of_this_one(line_id: str) -> None:
     assert kept({"event": "one"}).number_of(line_id) == 0
@@ -72,7 +97,7 @@ def test_a_line_of_another_life_is_before_all_of_this_one(line_id: str) -> None:
         pytest.param(Wanted(since=time.time() + 60), [], id="since"),
         pytest.param(Wanted(level=logging.WARNING), [], id="level"),
         pytest.param(Wanted(), ["one", "two", "three"], id="all that everybody may see"),
-        pytest.param(Wanted(private=True), ["one", "two", "three", "where"], id="all"),
+        pytest.param(Wanted(private=True), ["one", "two", "three", "where", "who", "whose"], id="all"),
     ],
 )
 def test_lines_are_found_by_what_they_are_about(wanted: Wanted, found: list[str]) -> None:
@@ -81,6 +106,8 @@ def test_lines_are_found_by_what_they_are_about(wanted: Wanted, found: list[str]
         {"event": "two", "job_id": "job-2", "env": 2},
         {"event": "three", "episode_id": "ep-3"},
         {"event": "where", "address": "10.0.0.1"},
+        {"event": "who", "caller": "10.0.0.1", "env": 1},
+        {"event": "whose", "caller": "2001:db8::1", "env": 1},
     )
     assert events(lines.after(0, wanted)[0]) == found
 
