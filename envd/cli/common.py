@@ -6,7 +6,6 @@ Exit codes that all of them share: 0 done, 1 refused or failed, 2 the command li
 from __future__ import annotations
 
 import os
-import re
 import signal
 import sys
 import threading
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from ..terminal import printable
 from . import completion
 
 if TYPE_CHECKING:
@@ -26,9 +26,6 @@ NO_SCORE = 3
 """Exit code of what worked and has no score, or did something else than was asked for."""
 ENDED = 143
 """Exit code after SIGTERM, as a shell tells it."""
-
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
-"""The words of a guest or of a server must not steer the terminal, nor be shown in another order than they have."""
 
 HINTS = {
     "unknown_job": "`envd ls --jobs` lists those that are kept.",
@@ -131,7 +128,7 @@ def told() -> Iterator[None]:
 def fail(detail: str, hint: str, code: int) -> NoReturn:
     """End with two lines: what happened, and what to do. A server may have said it, so nothing of it steers the
     terminal."""
-    detail, hint = (CONTROL.sub("", words) for words in (detail, hint))
+    detail, hint = map(printable, (detail, hint))
     try:
         typer.secho(detail, fg=None if os.environ.get("NO_COLOR") else typer.colors.RED, err=True)
         if hint:

@@ -12,6 +12,8 @@ from typing import Any
 
 import typer
 
+from ..terminal import printable
+
 SECONDS = 0.5
 """How long whoever pressed Tab waits."""
 SHOWN = 50
@@ -105,4 +107,4 @@ def _listed(ctx: typer.Context, path: str, name: str, offer: Callable[[Any], Off
 
 
 def _words(said: str) -> str:
-    return "".join(letter for letter in " ".join(said.split()) if letter.isprintable())
+    return printable(" ".join(said.split()))

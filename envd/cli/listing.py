@@ -13,7 +13,7 @@ from rich.segment import Segment
 from rich.table import Table
 from rich.text import Text
 
-from .common import CONTROL
+from ..terminal import printable
 from .watch import clean
 
 
@@ -22,7 +22,7 @@ class PlainConsole(Console):
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         for segment in super().render(renderable, options):
-            yield segment if segment.control else segment._replace(text=CONTROL.sub("", segment.text))
+            yield segment if segment.control else segment._replace(text=printable(segment.text))
 
 
 def console() -> Console:

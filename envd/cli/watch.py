@@ -26,7 +26,7 @@ from ..client.follow import parsed_job
 from ..client.transport import OnRetry
 from ..errors import EnvdError
 from ..models import Event, Job, JobKind, JobState, Probe, ProbeResult
-from .common import CONTROL
+from ..terminal import printable
 
 REFRESH_SECONDS = 0.25
 PROGRESS_SECONDS = 10.0
@@ -223,7 +223,7 @@ def clock(seconds: float) -> str:
 
 
 def clean(text: str) -> str:
-    return CONTROL.sub("", " ".join(text.split()))
+    return printable(" ".join(text.split()))
 
 
 # What is drawn
