@@ -34,6 +34,8 @@ FILES_KEPT = 1000
 REASONS_KEPT = 20
 CHUNK = 256 * 1024
 """Bytes of a file that are in memory at once."""
+STEPS_BYTES = 8 * 1024 * 1024
+"""Of the steps of one answer: a prediction may be as large as a body."""
 GOING = ".going-"
 """What a bundle is called while it is removed."""
 TEMPORARY = ".tmp"
@@ -251,22 +253,25 @@ def find_frame(folder: Path, number: int) -> bytes | None:
     return None
 
 
-def read_steps(folder: Path, after: int, most: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What episode.json tells, and at most `most` steps that follow step `after`. What is not there is empty, and a
-    line that was cut short is passed over."""
+def read_steps(folder: Path, after: int, most: int) -> tuple[dict[str, Any], list[dict[str, Any]], bool]:
+    """What episode.json tells; at most `most` steps that follow step `after`, fewer where they are long; and whether
+    there are more. What is not there is empty, and a line that was cut short is passed over."""
     told: dict[str, Any] = {}
     with suppress(OSError, ValueError), _opened(folder / "episode.json") as file:
         told = json.load(file)
     found: list[dict[str, Any]] = []
+    left = STEPS_BYTES
     with suppress(OSError), _opened(folder / "steps.jsonl") as file:
         for line in file:
             with suppress(ValueError):
                 step = json.loads(line)
-                if int(step["step"]) > after:
-                    found.append(step)
-            if len(found) == most:
-                break
-    return told, found
+                if int(step["step"]) <= after:
+                    continue
+                if len(found) == most or left <= 0:
+                    return told, found, True
+                found.append(step)
+                left -= len(line)
+    return told, found, False
 
 
 def list_bundles(root: Path) -> list[tuple[float, str]]:

@@ -135,8 +135,9 @@ class Bundles:
         await self._require(episode_id)
         return await self.frame(episode_id, number)
 
-    async def steps(self, episode_id: str, after: int, most: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """episode.json, and at most `most` lines of steps.jsonl that follow step `after`. Raises NotFound."""
+    async def steps(self, episode_id: str, after: int, most: int) -> tuple[dict[str, Any], list[dict[str, Any]], bool]:
+        """episode.json, at most `most` lines of steps.jsonl that follow step `after`, and whether there are more.
+        Raises NotFound."""
         if bundle := self._open.get(episode_id):
             await bundle.flushed()
         await self._require(episode_id)

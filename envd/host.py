@@ -91,8 +91,8 @@ class Host:
             try:
                 # A disk that hangs holds up the thread alone, and not the end of the daemon.
                 self._keep(await anyio.to_thread.run_sync(self._look, abandon_on_cancel=True))
-            except OSError as error:
-                logger.warning("the host could not be looked at", error=str(error))
+            except (OSError, LookupError, ValueError) as error:  # /proc of a sandbox may lack this or that
+                logger.warning("the host could not be looked at", error=f"{type(error).__name__}: {error}")
             await anyio.sleep(SAMPLE_SECONDS)
 
     async def _watch_loop(self, watchdog: Watchdog) -> None:

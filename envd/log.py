@@ -8,18 +8,20 @@ kept beside (`LINES`), for whoever cannot see stderr.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 import queue
 import select
 import sys
 import threading
-from typing import Any, Literal
+from typing import Any, Literal, TextIO
 
 import structlog
-from structlog.typing import Processor
+from structlog.typing import EventDict, ExcInfo, Processor
 
 from .telemetry.lines import Keeper, Lines, as_json
+from .terminal import printable
 
 LogFormat = Literal["auto", "json", "console"]
 
@@ -54,9 +56,8 @@ def setup(level: str = "info", fmt: LogFormat = "auto") -> None:
         renderer = [tracebacks, structlog.processors.JSONRenderer(_dumps)]
     else:
         renderer = [
-            structlog.dev.ConsoleRenderer(
-                colors=terminal, exception_formatter=structlog.dev.plain_traceback, pad_event_to=0
-            )
+            _printable,
+            structlog.dev.ConsoleRenderer(colors=terminal, exception_formatter=_traceback, pad_event_to=0),
         ]
     formatter = structlog.stdlib.ProcessorFormatter(
         foreign_pre_chain=shared,
@@ -88,6 +89,17 @@ def setup(level: str = "info", fmt: LogFormat = "auto") -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+
+
+def _printable(logger: Any, method: str, facts: EventDict) -> EventDict:
+    """A guest's words, and a stranger's, are in events and errors: on a terminal they only are to be read."""
+    return {name: printable(fact) if isinstance(fact, str) else fact for name, fact in facts.items()}
+
+
+def _traceback(written: TextIO, exc_info: ExcInfo) -> None:
+    told = io.StringIO()
+    structlog.dev.plain_traceback(told, exc_info)
+    written.write(printable(told.getvalue()))
 
 
 def for_people(fmt: LogFormat) -> bool:

@@ -147,13 +147,14 @@ async def test_ended_in_the_middle_it_takes_its_daemon_with_it(
         assert list(temporary(tmp_path).iterdir()) == []
 
 
-async def test_killed_in_the_middle_its_daemon_ends_all_the_same(tmp_path: Path) -> None:
+async def test_killed_in_the_middle_its_daemon_ends_all_the_same_and_leaves_nothing(tmp_path: Path) -> None:
     async with playing(tmp_path, "--provider", "sim") as process:
         below = await asyncio.to_thread(descendants, process.pid)
         process.kill()
         async with asyncio.timeout(30):
             while any(_lives(pid) for pid in below):  # noqa: ASYNC110 - of processes that are no children of ours
                 await asyncio.sleep(0.05)
+    assert list(temporary(tmp_path).iterdir()) == []
 
 
 def _lives(pid: int) -> bool:

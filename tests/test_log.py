@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -74,6 +75,21 @@ except ValueError:
     assert "ValueError" in text
     assert "wrong" in text
     assert "hunter2" not in text
+
+
+def test_on_a_terminal_a_line_does_not_steer_it() -> None:
+    body = r"""
+evil = "\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp"
+logger.info(evil, path=evil, several=[evil], a=evil + " b")
+logging.getLogger("lib").warning("of a library %s", evil)
+try:
+    raise ValueError(evil)
+except ValueError:
+    logger.exception("broke")
+"""
+    lines = lines_of(body, "console")
+    assert sum("owned" in line for line in lines) >= 3
+    assert [line for line in lines if re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202e]", line)] == []
 
 
 @contextmanager

@@ -6,11 +6,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import socket
 import sys
 import threading
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from rich.console import Console
 from serving import eventually, serving
 
 from envd import Client, log
+from envd.app import logs
 from envd.cli.logs import logs as show
 from envd.cli.logs import moment, rendered
 from envd.drivers.sim import Behaviour
@@ -58,6 +61,31 @@ def test_the_newest_lines_are_kept_and_numbered_for_ever() -> None:
     assert events(lines.after(lines.number_of(f"{lines.life}-9"), EVERYTHING)[0]) == ["9"]
 
 
+def test_long_lines_are_kept_within_a_bound_of_their_own() -> None:
+    lines = Lines(1000, characters=3 * LONGEST)
+    for number in range(100):
+        lines.keep({"event": str(number), "data": "x" * 10 * LONGEST}, "envd.test", logging.INFO)
+        held, reached = lines.after(0, EVERYTHING)
+        assert sum(len(line.text) for line in held) <= 3 * LONGEST
+    assert events(held)[-1] == "99"
+    assert reached == 100
+    lines.keep({"event": "short"}, "envd.test", logging.INFO)
+    assert events(lines.after(reached, EVERYTHING)[0]) == ["short"]
+    assert lines.after(5000, EVERYTHING) == ([], 5000)
+
+
+def test_who_follows_looks_at_what_is_new_alone() -> None:
+    class Counting(Wanted):
+        def has(self, line: Line) -> bool:
+            looked.append(line.number)
+            return super().has(line)
+
+    looked: list[int] = []
+    lines = kept(*({"event": "old"} for _ in range(100)), {"event": "new"})
+    lines.after(100, Counting())
+    assert looked == [101]
+
+
 @pytest.mark.parametrize("line_id", ["", "other-3", "x", "-5", f"{'9' * 30}", "a-²"])
 def test_a_line_of_another_life_is_before_all_of_this_one(line_id: str) -> None:
     assert kept({"event": "one"}).number_of(line_id) == 0
@@ -72,7 +100,7 @@ def test_a_line_of_another_life_is_before_all_of_this_one(line_id: str) -> None:
         pytest.param(Wanted(since=time.time() + 60), [], id="since"),
         pytest.param(Wanted(level=logging.WARNING), [], id="level"),
         pytest.param(Wanted(), ["one", "two", "three"], id="all that everybody may see"),
-        pytest.param(Wanted(private=True), ["one", "two", "three", "where"], id="all"),
+        pytest.param(Wanted(private=True), ["one", "two", "three", "where", "who", "whose"], id="all"),
     ],
 )
 def test_lines_are_found_by_what_they_are_about(wanted: Wanted, found: list[str]) -> None:
@@ -81,6 +109,8 @@ def test_lines_are_found_by_what_they_are_about(wanted: Wanted, found: list[str]
         {"event": "two", "job_id": "job-2", "env": 2},
         {"event": "three", "episode_id": "ep-3"},
         {"event": "where", "address": "10.0.0.1"},
+        {"event": "who", "caller": "10.0.0.1", "env": 1},
+        {"event": "whose", "caller": "2001:db8::1", "env": 1},
     )
     assert events(lines.after(0, wanted)[0]) == found
 
@@ -327,6 +357,63 @@ async def test_lines_are_followed_until_the_daemon_ends_and_counted_among_the_st
         assert "come and see" not in rest
         await eventually(lambda: served.service.streams == 0)
         assert (await served.get("/v1/logs?follow=1"))[1]["code"] == "draining"
+
+
+async def test_to_a_reader_that_does_not_read_only_a_little_is_sent(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("envd.app.logs.SEND_LIMIT", 0.5)
+    sent = 0
+
+    def counting(lines: list[Line]) -> Iterator[bytes]:
+        nonlocal sent
+        for piece in packed(lines):
+            assert len(piece) < 2 * LONGEST + logs.PIECE
+            sent += len(piece)
+            yield piece
+
+    def ended(name: str) -> bool:
+        return bool(of(caplog, "request", request_id=name))
+
+    packed = logs._packed
+    async with kept_in_process(), serving() as served:
+        for _ in range(400):
+            logging.getLogger("envd.test").info("x" * (LONGEST - 1000))
+        async with served.http.get(f"{served.url}/v1/logs?limit=5000") as answer:
+            told = [json.loads(line) for line in (await answer.text()).splitlines()]
+        assert sum(line["event"].startswith("xxx") for line in told) == 400
+        monkeypatch.setattr(logs, "_packed", counting)
+        for query in ("limit=5000&follow=1", "limit=5000"):
+            sent = 0
+            small = socket.socket()
+            small.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            small.setblocking(False)
+            async with asyncio.timeout(30):
+                await asyncio.get_running_loop().sock_connect(small, served.address)
+                reader, writer = await asyncio.open_connection(sock=small, limit=1)
+                name = query.replace("=", ".").replace("&", ".")
+                request = f"GET /v1/logs?{query} HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Request-Id: {name}\r\n\r\n"
+                writer.write(request.encode())
+                await reader.read(1)
+                # The other end has room for some, and is cut off when it takes no more.
+                await eventually(partial(ended, name))
+            assert sent < 4_900_000
+            writer.transport.abort()
+
+
+async def test_an_answer_that_was_not_read_does_not_end_as_if_it_were_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("envd.app.logs.SEND_LIMIT", 0.05)
+    sent: list[Any] = []
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+        await asyncio.Event().wait()
+
+    lines, _ = kept({"event": "one"}).after(0, EVERYTHING)
+    async with asyncio.timeout(10):
+        await logs._tell(lines, send)
+    assert [message["more_body"] for message in sent] == [True]
 
 
 async def test_a_reader_that_leaves_leaves_nothing_behind() -> None:

@@ -4,6 +4,7 @@ holds anybody up."""
 from __future__ import annotations
 
 import re
+import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -193,6 +194,29 @@ async def test_a_scrape_does_without_a_part_that_is_in_trouble(part: str, monkey
     gone = {family.name for family in before.families} - {family.name for family in now.families}
     assert (PARTS[part][1] in gone) is bool(PARTS[part][1])
     assert len(gone) <= 7
+
+
+async def test_for_a_disk_that_hangs_one_thread_waits_and_no_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
+    hangs, threads = threading.Event(), []
+
+    def hang(path: Path) -> int:
+        threads.append(path)
+        assert hangs.wait(30)
+        return 0
+
+    monkeypatch.setattr("envd.telemetry.state.DISK_SECONDS", 0.2)
+    async with serving() as served:
+        monkeypatch.setattr("envd.telemetry.state._size", hang)
+        try:
+            scraped = [await scrape(served) for _ in range(5)]
+            assert len(threads) == 1
+        finally:
+            hangs.set()
+        await eventually(lambda: not served.service.metrics.looks)
+        monkeypatch.undo()
+        assert (await scrape(served)).get("envd_journal_bytes") > 0
+    assert all(now.get("envd_ready") == 1 for now in scraped)
+    assert scraped[-1].get("envd_scrape_errors_total", part="disk") == 5
 
 
 async def test_a_disk_that_is_full_is_told_with_what_is_kept_there(tmp_path: Path) -> None:

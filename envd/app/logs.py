@@ -9,7 +9,7 @@ Plain ASGI, as event streams are: the log never waits for a reader, and a reader
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
 
 import anyio
@@ -60,8 +60,7 @@ class Logs:
         start = {"type": "http.response.start", "status": 200, "headers": HEADERS}
         if scope["method"] == "HEAD" or not follows:
             await send(start)
-            body = b"" if scope["method"] == "HEAD" else _text(lines[-limit:])
-            await send({"type": "http.response.body", "body": body})
+            await _tell([] if scope["method"] == "HEAD" else lines[-limit:], send)
             return
         with counted(service):
             await send(start)
@@ -90,13 +89,28 @@ def _asked(request: Request) -> tuple[Wanted, int, int, bool]:
 
 async def _pieces(service: Service, lines: list[Line], after: int, wanted: Wanted) -> AsyncGenerator[bytes, None]:
     # At once, also where there is nothing to tell: who waits for the first byte knows that it is connected.
-    yield _text(lines) or b"\n"
+    if not lines:
+        yield b"\n"
+    for piece in _packed(lines):
+        yield piece
     following = log.LINES.follow(after, wanted, service.settings.heartbeat)
     async with aclosing(following) as batches:
         async for batch in batches:
-            text = _text(batch) or b"\n"
-            for start in range(0, len(text), PIECE):
-                yield text[start : start + PIECE]
+            for piece in _packed(batch):
+                yield piece
+            if not batch:
+                yield b"\n"
+
+
+async def _tell(lines: list[Line], send: Send) -> None:
+    """All of them. Of a reader that does not read the connection is cut, so that it does not take them for all."""
+    try:
+        for piece in _packed(lines):
+            with anyio.fail_after(SEND_LIMIT):
+                await send({"type": "http.response.body", "body": piece, "more_body": True})
+    except TimeoutError:
+        return
+    await send({"type": "http.response.body", "body": b""})
 
 
 async def _play(service: Service, pieces: AsyncGenerator[bytes, None], receive: Receive, send: Send) -> None:
@@ -125,8 +139,19 @@ async def _play(service: Service, pieces: AsyncGenerator[bytes, None], receive: 
         await send({"type": "http.response.body", "body": b""})
 
 
-def _text(lines: list[Line]) -> bytes:
-    return "".join(f"{line.text}\n" for line in lines).encode()
+def _packed(lines: list[Line]) -> Iterator[bytes]:
+    """In pieces of about `PIECE` bytes, made as they are wanted: what is sent to a reader that does not read stays in
+    memory, and the lines are there anyway."""
+    held: list[str] = []
+    size = 0
+    for line in lines:
+        held.append(f"{line.text}\n")
+        size += len(held[-1])
+        if size >= PIECE:
+            yield "".join(held).encode()
+            held, size = [], 0
+    if held:
+        yield "".join(held).encode()
 
 
 routes = [Route("/v1/logs", Logs(), methods=["GET"])]

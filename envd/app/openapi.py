@@ -223,7 +223,14 @@ JSON: dict[str, dict[int, Schema]] = {
     "/v1/jobs/{job}": {200: JOB},
     "/v1/jobs/{job}/cancel": {200: JOB, 202: JOB},
     "/v1/episodes/{episode}/steps": {
-        200: _object({"episode": {"type": "object"}, "steps": MESSAGES, "verdict": {"type": ["object", "null"]}})
+        200: _object(
+            {
+                "episode": {"type": "object"},
+                "steps": MESSAGES,
+                "more": YES_OR_NO,
+                "verdict": {"type": ["object", "null"]},
+            }
+        )
     },
     "/v1/whoami": {
         200: _object({"name": STRING, "scope": STRING, "how": STRING, "until": {"type": ["number", "null"]}})

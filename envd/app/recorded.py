@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import anyio
 import anyio.to_thread
+from anyio.lowlevel import RunVar
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import BaseRoute, Route
@@ -25,19 +27,22 @@ STEPS = 200
 """Steps of one answer."""
 SAID = 4000
 """Characters of what was said, and of an action, that are told. The bundle has all of it."""
+SHRUNK_AT_ONCE = 2
+"""Pictures: unpacked each may take 300 MB, and what else waits for a thread does not wait for them."""
 LIVES = 3600
 """Seconds that a browser may keep a recorded picture, which does not change."""
 
 
 async def steps(request: Request) -> Response:
-    """What was said and done in an episode: at most 200 steps that follow step `after`, each with `marks`, which tell
-    where on the picture before it it clicked, dragged, scrolled and typed."""
+    """What was said and done in an episode: at most 200 steps that follow step `after`, fewer where they are long, and
+    whether there are `more`. Each has `marks`, which tell where on the picture before it it clicked, dragged, scrolled
+    and typed."""
     service, episode_id = service_of(request), request.path_params["episode"]
     after = int(number_in_query(request, "after", 0, 10**6))
-    about, lines = await service.bundles.steps(episode_id, after, STEPS)
+    about, lines, more = await service.bundles.steps(episode_id, after, STEPS)
     verdict = await service.bundles.get_verdict(episode_id)
     told = await anyio.to_thread.run_sync(_told, about, lines, service.settings)
-    said = {"episode": about, "steps": told, "verdict": verdict and verdict.model_dump(mode="json")}
+    said = {"episode": about, "steps": told, "more": more, "verdict": verdict and verdict.model_dump(mode="json")}
     return JSONResponse(said, headers={"Cache-Control": "no-store"})
 
 
@@ -96,11 +101,23 @@ async def picture_response(picture: bytes, width: int | None, keep: str) -> Resp
     """A PNG or JPEG as it is, or smaller. `keep` is for Cache-Control."""
     if width is not None:
         try:
-            picture = await anyio.to_thread.run_sync(smaller, picture, width)
+            picture = await anyio.to_thread.run_sync(smaller, picture, width, limiter=_shrinking())
         except ValueError:
             pass  # whoever looks at it as it is sees more than an error would tell
     kind = "image/png" if picture.startswith(b"\x89PNG") else "image/jpeg"
     return Response(picture, media_type=kind, headers={"Cache-Control": keep, "X-Content-Type-Options": "nosniff"})
+
+
+_limiter = RunVar[anyio.CapacityLimiter]("shrinking")
+
+
+def _shrinking() -> anyio.CapacityLimiter:
+    """Of this event loop."""
+    try:
+        return _limiter.get()
+    except LookupError:
+        _limiter.set(limiter := anyio.CapacityLimiter(SHRUNK_AT_ONCE))
+        return limiter
 
 
 routes: list[BaseRoute] = [

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
+from ..terminal import printable
 from . import completion
 
 if TYPE_CHECKING:
@@ -125,7 +126,9 @@ def told() -> Iterator[None]:
 
 
 def fail(detail: str, hint: str, code: int) -> NoReturn:
-    """End with two lines: what happened, and what to do."""
+    """End with two lines: what happened, and what to do. A server may have said it, so nothing of it steers the
+    terminal."""
+    detail, hint = map(printable, (detail, hint))
     try:
         typer.secho(detail, fg=None if os.environ.get("NO_COLOR") else typer.colors.RED, err=True)
         if hint:

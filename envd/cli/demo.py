@@ -290,4 +290,4 @@ def _made(folder: Path | None) -> Path:
 
 
 def _line(output: Console, what: str, words: str, style: str = "") -> None:
-    output.print(Text.assemble((f"{what:<9} ", "bold cyan"), (words, style)), soft_wrap=True)
+    output.print(Text.assemble((f"{what:<9} ", "bold cyan"), (clean(words), style)), soft_wrap=True)

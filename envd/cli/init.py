@@ -14,6 +14,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import socket
 import sys
 import tempfile
@@ -318,7 +319,8 @@ def settings_of(answers: Answers, kept: Mapping[str, str]) -> dict[str, str]:
 
 
 def merged(text: str, said: Mapping[str, str]) -> str:
-    """`text` with what is `said`: in the place of lines about the same, else below; lines about anything else stay."""
+    """`text` with what is `said`: in the place of lines about the same, else below; lines about anything else stay, and
+    so do those that say it already, quotes and comments with them."""
     left = dict(said)
     lines = []
     for line in text.splitlines():
@@ -327,7 +329,9 @@ def merged(text: str, said: Mapping[str, str]) -> str:
         if name not in MANAGED:
             lines.append(line)
         elif name in left:
-            lines.append(f"{name}={left.pop(name)}")
+            value = left.pop(name)
+            says_it = dotenv_values(stream=io.StringIO(line), interpolate=False).get(name) == value
+            lines.append(line if says_it else f"{name}={value}")
     if left and not text:
         lines.append("# Written by `envd init`; the README has every setting. The environment wins over this file.")
     lines += [f"{name}={value}" for name, value in left.items()]
@@ -376,7 +380,7 @@ def overridden(said: Mapping[str, str], environ: Mapping[str, str]) -> list[str]
 
 def next_words(settings: Settings, said: Mapping[str, str], file: Path) -> list[str]:
     """What to do now."""
-    start = "envd serve" if file == Path(".env") else f"cd {file.parent} && envd serve"
+    start = "envd serve" if file == Path(".env") else f"cd {shlex.quote(str(file.parent))} && envd serve"
     words = ["Look first:    envd doctor", f"Start it:      {start}"]
     if "ENVD_HOST" in said:
         words.append(f"Trainers use:  ENVD_URL=http://{socket.gethostname()}:{settings.port}")

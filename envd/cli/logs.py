@@ -93,7 +93,7 @@ def moment(text: str | None) -> float | None:
 
 def rendered(line: Mapping[str, Any]) -> Text:
     """One line of the log as people read it: when, how bad, what, and the facts; of a failure the traceback below."""
-    level = str(line.get("level", ""))
+    level = clean(str(line.get("level", "")))
     style = STYLES.get(level, "")
     text = Text()
     text.append(f"{_clock(line.get('timestamp'))} ", "dim")

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from .. import __version__
 from ..client import Client
+from ..errors import InfraError
 from ..models import Env, Job, JobKind, Lease, LeaseState
 from .listing import ago, console, print_json, print_list
 from .watch import clock
@@ -90,19 +91,19 @@ async def leases(client: Client, *, as_json: bool, output: Console | None = None
 
 
 async def versions(client: Client, *, as_json: bool, output: Console | None = None) -> int:
-    """Print ours and the server's. Always 0."""
+    """Print ours and the server's. Always 0. Raises InfraError for a server that does not say what it is."""
     theirs = await client.version()
     if as_json:
         print_json({"version": __version__, "server": theirs})
         return 0
     output = output or console()
     output.out(f"envd {__version__}", highlight=False)
-    age = ago(time.time() - theirs["started_at"])
-    output.out(
-        f"{client.url}: envd {theirs['version']}, {theirs['provider']} desktops, daemon {theirs['daemon_id']},"
-        f" started {age} ago",
-        highlight=False,
-    )
+    try:
+        age = ago(time.time() - theirs["started_at"])
+        words = f"envd {theirs['version']}, {theirs['provider']} desktops, daemon {theirs['daemon_id']}"
+    except (KeyError, TypeError) as error:
+        raise InfraError(f"{client.url} does not say which envd it is.", hint="Is it one, and no older one?") from error
+    output.out(f"{client.url}: {words}, started {age} ago", highlight=False)
     return 0
 
 

@@ -34,10 +34,16 @@ CANNOT_START = (69, 75, 78)
 
 _PROGRAM = """
 import ctypes, os, signal
+folder, starter = os.getcwd(), int(os.environ.pop("STARTED_BY"))
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
-if os.getppid() == int(os.environ.pop("STARTED_BY")):
-    from envd.cli import main
-    main()
+try:
+    if os.getppid() == starter:
+        from envd.cli import main
+        main()
+finally:
+    if os.getppid() != starter:  # it was killed, and can clear nothing away
+        from envd.cli.own_daemon import _remove
+        _remove(folder)
 """
 
 
@@ -143,7 +149,7 @@ async def _ended(process: asyncio.subprocess.Process) -> None:
         await process.wait()
 
 
-def _remove(folder: Path) -> None:
+def _remove(folder: str | Path) -> None:
     """Blocks. Folders without the right to write, which a browser may leave, are no reason to leave it."""
     for path, _, _ in os.walk(folder):
         with suppress(OSError):

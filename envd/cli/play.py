@@ -266,7 +266,7 @@ async def bundle(client: Client, episode: str, to: Path | None, *, as_json: bool
             raise RequestError(f"Env {episode} has no episode.", hint="`envd ls --episodes` lists those with evidence.")
         episode = playing.id
     output = output or console()
-    target = to or Path(f"{episode}.tar")
+    target = to or Path()  # under the id, which a server may have made up, as a name that leads nowhere else
     with busy(output, f"saving the evidence of {episode}", quiet=as_json):
         file = await client.bundle(episode, target)
     size = (await run_sync(file.stat)).st_size

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import re
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Collection
@@ -27,6 +26,7 @@ from ..client.follow import parsed_job
 from ..client.transport import OnRetry
 from ..errors import EnvdError
 from ..models import Event, Job, JobKind, JobState, Probe, ProbeResult
+from ..terminal import printable
 
 REFRESH_SECONDS = 0.25
 PROGRESS_SECONDS = 10.0
@@ -45,8 +45,6 @@ STYLES = {
     JobState.SUPERSEDED: "magenta",
     JobState.EXPIRED: "red",
 }
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
-"""A guest's words must not steer the terminal."""
 
 
 class Events(Protocol):
@@ -225,7 +223,7 @@ def clock(seconds: float) -> str:
 
 
 def clean(text: str) -> str:
-    return CONTROL.sub("", " ".join(text.split()))
+    return printable(" ".join(text.split()))
 
 
 # What is drawn
@@ -248,7 +246,7 @@ def _panel(row: Row, now: float) -> Panel:
     for warning in job.warnings:
         grid.add_row(Text("warning", "yellow"), Text(clean(warning)))
     if job.error is not None:
-        grid.add_row(Text(job.error.code, "red"), Text(clean(f"{job.error.detail} {job.error.hint}")))
+        grid.add_row(Text(clean(job.error.code), "red"), Text(clean(f"{job.error.detail} {job.error.hint}")))
     return Panel(grid, title=Text(_title(job)), title_align="left", border_style=style)
 
 

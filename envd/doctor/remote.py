@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import ipaddress
 import os
+import re
 import socket
 import ssl
 import statistics
@@ -41,6 +42,8 @@ SLOW_ROUND = 0.1
 SKEW = 2.0
 """Seconds by which two clocks may differ."""
 DOWNLOADS = 4
+MOST_WORDS, MOST_LETTERS = 20, 500
+"""Of what a server says that is passed on: so many sentences, of so many characters."""
 SLOW = 2_000_000
 """Bytes a second below which pictures take longer than desktops: one of a full screen has some 500,000."""
 
@@ -336,17 +339,20 @@ def version(theirs: str, ours: str = __version__) -> Finding:
         return Finding("version", "ok", f"{theirs} on both sides")
     if face(theirs) == face(ours):
         return Finding("version", "ok", f"{theirs} there, {ours} here: they understand each other")
+    # What is to be copied into a shell is never what a stranger made up.
+    can_be_had = re.fullmatch(r"[0-9][0-9A-Za-z.+]{0,60}", theirs) is not None
     return Finding(
         "version",
         "warning",
         f"{theirs} there, {ours} here: calls may have changed in between",
-        f"pip install 'envd-server=={theirs}'",
+        f"pip install 'envd-server=={theirs}'" if can_be_had else "",
     )
 
 
 def access(server: Server, reply: Reply) -> Finding:
     what, problem = "access", reply.json()
-    detail = str(problem.get("detail", "")).rstrip(".")
+    detail, hint = (str(problem.get(name, ""))[:MOST_LETTERS] for name in ("detail", "hint"))
+    detail = detail.rstrip(".")
     sent = "the token of ENVD_TOKEN" if server.token else "no token"
     if reply.status == 200:
         return Finding(what, "ok", f"let in with {sent}")
@@ -365,8 +371,8 @@ def access(server: Server, reply: Reply) -> Finding:
         return Finding(
             what,
             "failed",
-            f"403: {sent} may not do this ({detail})",
-            str(problem.get("hint", "")) or "use another token",
+            f"403: {sent} may not do this ({detail}). {hint}".rstrip(),
+            "use another token",
         )
     if reply.status == 421:
         return Finding(
@@ -449,12 +455,17 @@ async def bandwidth(session: aiohttp.ClientSession, server: Server) -> list[Find
 async def readiness(session: aiohttp.ClientSession, server: Server) -> list[Finding]:
     """Of `/readyz`, which needs no token: a server that answers is not yet one that can serve a reset."""
     reply = await ask(session, f"{server.url}/readyz")
-    said = reply.json()
-    found = [Finding("ready", "warning", str(one), _remedy(str(one))) for one in said.get("warnings", ())]
+    found = [Finding("ready", "warning", one, _remedy(one)) for one in _words_of(reply, "warnings")]
     if reply.status == 200:
         return [Finding("ready", "ok", "a reset can be served now"), *found]
-    reasons = [str(one) for one in said.get("reasons", ())] or [f"/readyz answers {reply.status}"]
+    reasons = _words_of(reply, "reasons") or [f"/readyz answers {reply.status}"]
     return [*(Finding("ready", "failed", f"no reset is served: {one}", _remedy(one)) for one in reasons), *found]
+
+
+def _words_of(reply: Reply, name: str) -> list[str]:
+    """What the answer lists under that name, as far as anybody would read it."""
+    listed = reply.json().get(name)
+    return [str(one)[:MOST_LETTERS] for one in listed[:MOST_WORDS]] if isinstance(listed, list) else []
 
 
 def _remedy(reason: str) -> str:
@@ -472,14 +483,19 @@ def _remedy(reason: str) -> str:
 
 async def envs(session: aiohttp.ClientSession, server: Server) -> list[Finding]:
     reply = await ask(session, f"{server.url}/v1/envs")
+    told = reply.json()
     if reply.status != 200:
-        return [Finding("envs", "unknown", f"/v1/envs was answered {reply.status}: {reply.json().get('detail', '')}")]
-    listed = [one for one in reply.json().get("envs", ()) if isinstance(one, dict)]
+        said = str(told.get("detail", ""))[:MOST_LETTERS]
+        return [Finding("envs", "unknown", f"/v1/envs was answered {reply.status}: {said}")]
+    given = told.get("envs")
+    listed = [one for one in given if isinstance(one, dict)] if isinstance(given, list) else []
     leased = sum(one.get("lease") is not None for one in listed)
     busy = sum(one.get("lease") is None and _is_busy(one) for one in listed)
     free = len(listed) - leased - busy
-    told = ", ".join(f"{count} {how}" for count, how in ((leased, "leased"), (busy, "played or being reset")) if count)
-    detail = f"{free} of {len(listed)} free{f', {told}' if told else ''}"
+    others = ", ".join(
+        f"{count} {how}" for count, how in ((leased, "leased"), (busy, "played or being reset")) if count
+    )
+    detail = f"{free} of {len(listed)} free{f', {others}' if others else ''}"
     if not free:
         return [
             Finding("envs", "warning", detail, "wait in line with a lease (client.lease(n)), or raise ENVD_ENVS there")

@@ -23,7 +23,7 @@ from ..errors import SettingsError
 from ..findings import Finding
 from ..journal import ROOM
 from ..network import Holder, command_of, holder_of, urls
-from ..settings import VARIABLES, Settings, effective
+from ..settings import KNOWN_PROVIDERS, VARIABLES, Settings, effective
 from ..vm.disks import GIB, in_words
 from .remote import readiness, server_at
 from .wire import ask, opened
@@ -84,12 +84,14 @@ async def find_daemon(settings: Settings, holder: Holder | None) -> Daemon | Non
         except (aiohttp.ClientError, OSError):
             continue
         told = version.json() if version.status == 200 else {}
+        provider, began, has = health.json().get("provider"), told.get("started_at"), told.get("settings")
+        # It may be of another version, or mean harm: what is taken from it is of the kind that it should be.
         return Daemon(
             url,
             health.envd,
-            str(health.json().get("provider", "")),
-            told.get("started_at"),
-            told.get("settings"),
+            provider if provider in KNOWN_PROVIDERS else "",
+            began if isinstance(began, int | float) else None,
+            {name: one for name, one in has.items() if isinstance(one, dict)} if isinstance(has, dict) else None,
             holder,
         )
     return None

@@ -39,7 +39,7 @@ class Reply:
         """Its JSON object, and an empty one for anything else."""
         try:
             found = json.loads(self.body)
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
         return found if isinstance(found, dict) else {}
 
@@ -62,9 +62,9 @@ async def ask(session: aiohttp.ClientSession, url: str, within: float | None = N
     sent, began = time.time(), time.monotonic()
     timeout = aiohttp.ClientTimeout(total=PATIENCE if within is None else within)
     async with session.get(url, timeout=timeout, allow_redirects=False) as answer:
-        received, body = time.time(), b""
+        received, body = time.time(), bytearray()
         async for piece in answer.content.iter_any():
             body += piece
             if len(body) > MOST:
                 break
-    return Reply(answer.status, answer.headers, body, sent, received, time.monotonic() - began)
+    return Reply(answer.status, answer.headers, bytes(body), sent, received, time.monotonic() - began)

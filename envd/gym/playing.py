@@ -124,7 +124,7 @@ class Player:
                 pause_s=self._pause_s,
             )
         except EpisodeOver as over:
-            if (end := over.facts.get("end_reason")) is None:
+            if (end := over.facts.get("end_reason")) not in list(EndReason):
                 raise
             return await self._judged(handle, EndReason(end), self._told(None))
         if result.screenshot is not None:
@@ -186,9 +186,8 @@ def no_score(verdict: Verdict) -> EnvdError:
 def _pixels(picture: bytes, screen: tuple[int, int]) -> Pixels:
     try:
         with Image.open(io.BytesIO(picture), formats=("PNG", "JPEG")) as image:
-            pixels = np.array(image.convert("RGB"), np.uint8)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            if image.size != tuple(screen):  # looked at before it is unpacked: a small file may say that it is huge
+                raise GuestMisbehaved(f"A screenshot is {image.width}×{image.height}, not {screen[0]}×{screen[1]}.")
+            return np.array(image.convert("RGB"), np.uint8)
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise GuestMisbehaved(f"A screenshot cannot be decoded: {error}.") from error
-    if pixels.shape != (screen[1], screen[0], 3):
-        raise GuestMisbehaved(f"A screenshot is {pixels.shape[1]}×{pixels.shape[0]}, not {screen[0]}×{screen[1]}.")
-    return pixels

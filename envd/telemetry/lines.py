@@ -7,6 +7,7 @@ follows waits on the event loop.
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import json
 import logging
 import secrets
@@ -19,6 +20,8 @@ from typing import Any
 from structlog.typing import EventDict
 
 KEPT = 5000
+KEPT_CHARACTERS = 8_000_000
+"""Of all lines together: where they are long, there are fewer of them."""
 LONGEST = 16_000
 """Characters of a line. Of a longer one what it is about is kept, and its beginning."""
 AUDIT = "envd.audit"
@@ -28,7 +31,8 @@ _SHORT = ("timestamp", "level", "logger", "event", "env", "job_id", "episode_id"
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """`text` is a JSON object without a line break. `private`: it tells where somebody is, or is of the audit."""
+    """`text` is a JSON object without a line break. `private`: it tells where somebody is, or is of the audit. Callers
+    who need no token are named by their addresses."""
 
     number: int
     at: float
@@ -64,12 +68,13 @@ class Wanted:
 
 
 class Lines:
-    """The newest `kept` of this life of the daemon."""
+    """The newest `kept` of this life of the daemon, and of `characters` at most."""
 
-    def __init__(self, kept: int = KEPT) -> None:
+    def __init__(self, kept: int = KEPT, characters: int = KEPT_CHARACTERS) -> None:
         self.life = secrets.token_hex(4)
         """Of a line's id, "<life>-<number>": another one numbers its lines from 1 again."""
-        self._lines: deque[Line] = deque(maxlen=kept)
+        self._lines: deque[Line] = deque()
+        self._kept, self._left = kept, characters
         self._number = 0
         self._waiting: set[tuple[asyncio.AbstractEventLoop, asyncio.Event]] = set()
 
@@ -82,7 +87,7 @@ class Lines:
             short = {name: _shortened(told[name]) for name in _SHORT if name in told}
             text = as_json({"id": told["id"], **short, "cut": text[:LONGEST]})
         env, job, episode = (told.get(name) for name in ("env", "job_id", "episode_id"))
-        self._lines.append(
+        self._add(
             Line(
                 number=self._number,
                 at=time.time(),
@@ -91,7 +96,7 @@ class Lines:
                 env=env if isinstance(env, int) else None,
                 job_id=job if isinstance(job, str) else None,
                 episode_id=episode if isinstance(episode, str) else None,
-                private=logger == AUDIT or "address" in told,
+                private=logger == AUDIT or "address" in told or _is_address(told.get("caller")),
             )
         )
         for loop, news in tuple(self._waiting):
@@ -99,6 +104,12 @@ class Lines:
                 loop.call_soon_threadsafe(news.set)
             except RuntimeError:  # its loop has ended before it could say so
                 self._waiting.discard((loop, news))
+
+    def _add(self, line: Line) -> None:
+        self._lines.append(line)
+        self._left -= len(line.text)
+        while len(self._lines) > self._kept or (self._left < 0 and len(self._lines) > 1):
+            self._left += len(self._lines.popleft().text)
 
     def number_of(self, line_id: str) -> int:
         """Of a line of this life; 0, which is before the first, of any other."""
@@ -109,8 +120,11 @@ class Lines:
     def after(self, number: int, wanted: Wanted) -> tuple[list[Line], int]:
         """Those that are kept and wanted, oldest first, and up to where was looked."""
         lines = tuple(self._lines)
-        found = [line for line in lines if line.number > number and wanted.has(line)]
-        return found, max(number, lines[-1].number if lines else 0)
+        if not lines:
+            return [], number
+        # Many may follow, and each looks again for every line: at what is new alone, and no number is left out.
+        new = lines[max(0, number + 1 - lines[0].number) :]
+        return [line for line in new if wanted.has(line)], max(number, lines[-1].number)
 
     async def follow(self, number: int, wanted: Wanted, idle: float) -> AsyncGenerator[list[Line], None]:
         """What comes after `number` and is wanted, as it comes: an empty list after `idle` seconds without any. What is
@@ -134,6 +148,14 @@ class Lines:
                     pass
         finally:
             self._waiting.discard(waiting)
+
+
+def _is_address(caller: Any) -> bool:
+    try:
+        ipaddress.ip_address(caller)
+    except ValueError:
+        return False
+    return not isinstance(caller, int)
 
 
 def _shortened(value: Any) -> Any:

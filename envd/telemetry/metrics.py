@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import anyio
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector
 
 from ..errors import Fault, error_classes
@@ -99,6 +100,10 @@ class Metrics:
             "envd_http_requests_in_progress", "Requests that are being answered, streams included.", registry=registry
         )
         self.scrape_errors = counter("scrape_errors", "Parts of the daemon that could not be looked at.", "part")
+        self.looking = anyio.Lock()
+        """At the disk: by one scrape at a time."""
+        self.looks = False
+        """A thread does so, also when nobody waits for it any more."""
         self._phases: set[str] = set()
         self._paths: dict[str, str] = {}
         self._begin_at_zero()

@@ -2,7 +2,7 @@
 
 A scrape must not hold anybody up and must not fail. What the event loop owns is only counted there, without a look at
 each job; what may touch a disk, and the making of the text, is done in a thread. A part that cannot be looked at is
-left out, and counted.
+left out, and counted; so is the disk while it hangs, for which one thread waits and no more.
 """
 
 from __future__ import annotations
@@ -33,6 +33,8 @@ logger = structlog.get_logger(__name__)
 LAGS = 30
 """Samples that make up a minute: a scrape in between must not miss what another one has not seen."""
 PLAIN = "text/plain; version=0.0.4; charset=utf-8"
+DISK_SECONDS = 3.0
+"""That a scrape waits for the disk: Prometheus by itself gives up after ten."""
 Families = Iterator[Metric]
 
 
@@ -51,12 +53,29 @@ class _Together(Collector):
 
 async def scrape(service: Service, accept: str = "") -> tuple[bytes, str]:
     """All metrics as text, and its content type: OpenMetrics for whoever accepts that, else Prometheus' own."""
-    now = list(_looked(service, _OF_THE_LOOP))
+    now = [*_looked(service, _OF_THE_LOOP), *await _look_at_the_disk(service)]
     return await anyio.to_thread.run_sync(partial(_render, service, now, accept))
 
 
+async def _look_at_the_disk(service: Service) -> list[Metric]:
+    metrics = service.metrics
+
+    def look() -> list[Metric]:
+        try:
+            return list(_looked(service, _OF_THE_DISK))
+        finally:
+            metrics.looks = False
+
+    with anyio.move_on_after(DISK_SECONDS):
+        async with metrics.looking:
+            if not metrics.looks:
+                metrics.looks = True
+                return await anyio.to_thread.run_sync(look, abandon_on_cancel=True)
+    metrics.scrape_errors.labels("disk").inc()
+    return []
+
+
 def _render(service: Service, now: list[Metric], accept: str) -> tuple[bytes, str]:
-    now += _looked(service, _OF_THE_DISK)
     together = _Together(service.metrics.registry.collect(), now)
     try:
         encode, kind = choose_encoder(accept)

@@ -10,7 +10,6 @@ import { caption, overlay, spoken } from "./marks.js";
 import { release, show } from "./pictures.js";
 
 const THUMB = 240; // px
-const PAGE = 200; // steps of one answer, as the daemon has it
 
 export class Film {
   #store;
@@ -81,7 +80,7 @@ export class Film {
           if (episode !== this.#episode) return;
           steps.push(...told.steps);
           this.#tell(told);
-          if (told.steps.length < PAGE) break;
+          if (!told.more) break;
         }
         this.#build(steps);
         if (follows && atEnd) this.#go(this.#scenes.length - 1);
