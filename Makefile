@@ -3,7 +3,7 @@
 #   make test      set up what is missing and run every check
 #   make evaluators  the interpreter that evaluations run in (1.4 GB, without torch)
 #   make images    container desktop, virtual machine and its disk, from Debian packages (PROVIDER=docker, PROVIDER=qemu)
-#   make install   virtual environment and packages only
+#   make install   virtual environment and packages only, those of the checks too
 #   make check     format, lint, types (no tests)
 #   make docs      write the pages of /docs that follow from the code
 #   make bench     measure start-up, resets, steps, set-ups, evaluations and memory
@@ -15,6 +15,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+SERVES := agent,aws,docker,qemu
+SERVING := $(VENV)/.serving
 STAMP := $(VENV)/.installed
 EVALUATORS ?= .venv-evaluators
 EVALUATORS_STAMP := $(EVALUATORS)/.installed
@@ -24,7 +26,7 @@ SOAK ?=
 .PHONY: serve test install evaluators images check docs bench bench-docker soak soak-docker format system system-all engines
 .DEFAULT_GOAL := serve
 
-serve: system install
+serve: system $(SERVING)
 	@PYTHON=$(BIN)/python deploy/serve.sh
 
 test: system-all install evaluators engines check
@@ -34,7 +36,7 @@ install: $(STAMP)
 
 evaluators: $(EVALUATORS_STAMP)
 
-images: install
+images: $(SERVING)
 	@PYTHON=$(BIN)/python deploy/make-images.sh
 
 check: install
@@ -72,8 +74,12 @@ system-all:
 engines: install
 	@PYTHON=$(BIN)/python deploy/test-engines.sh
 
-$(STAMP): pyproject.toml constraints.txt
-	@deploy/make-venv.sh "$(PYTHON)" "$(VENV)"
+$(SERVING): pyproject.toml constraints.txt
+	@deploy/make-venv.sh "$(PYTHON)" "$(VENV)" "$(SERVES)"
+	@touch $(SERVING)
+
+$(STAMP): $(SERVING)
+	@deploy/make-venv.sh "$(PYTHON)" "$(VENV)" "$(SERVES),dev"
 	@touch $(STAMP)
 
 $(EVALUATORS_STAMP): deploy/evaluators.txt

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# make-venv.sh PYTHON VENV: the virtual environment with envd in it (editable), from pinned versions.
+# make-venv.sh PYTHON VENV EXTRAS: the virtual environment with envd in it (editable), from pinned versions.
 set -euo pipefail
-python=$1 venv=$2
+python=$1 venv=$2 extras=$3
 
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
   echo "envd needs Python 3.11 or later; $python is $("$python" -V 2>&1). Set PYTHON=… to another one." >&2
@@ -16,4 +16,4 @@ if [ ! -x "$venv/bin/python" ]; then
 fi
 echo "Installing Python packages into $venv"
 "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-  --constraint constraints.txt --editable '.[agent,aws,docker,qemu,dev]'
+  --constraint constraints.txt --editable ".[$extras]"

@@ -71,7 +71,7 @@ def test_nothing_is_called_when_nothing_is_missing(tmp_path: Path) -> None:
 
 def test_an_old_python_is_refused_by_name(tmp_path: Path) -> None:
     stand_in(tmp_path, "oldpython", '[ "$1" = -V ] && echo Python 3.9.2; exit 1')
-    done = run("make-venv.sh", "oldpython", ".venv", cwd=tmp_path)
+    done = run("make-venv.sh", "oldpython", ".venv", "agent", cwd=tmp_path)
     assert done.returncode == 1
     assert "needs Python 3.11 or later; oldpython is Python 3.9.2" in done.stderr
     assert not (tmp_path / ".venv").exists()
