@@ -21,6 +21,7 @@ import pytest
 from aws_driving import Heard, driver_in, instances_of, spec
 from aws_faults import FaultyAccount, said
 from docker_engine import ENGINE, OwnEngine, docker, image, nothing_left, own_engine, tiny_images
+from structlog.testing import capture_logs
 from vm_engine import MACHINE, Told, both_answer, run_in, shared
 
 from envd.actions.gestures import Move
@@ -367,10 +368,14 @@ async def test_a_container_that_was_taken_over_dies_with_its_limit_known(tmp_pat
     async with later_life(of_docker(tmp_path)) as later:
         assert await later.adopt("a-1", Report()) is not None
         waiting = asyncio.create_task(later.wait("a-1"))
-        with pytest.raises(AssertionError):  # it is killed
-            await tell("exec", "a-1", "perl", "-e", "$x .= q(a) x 1e6 while 1")
-        await tell("kill", "a-1")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
+            with capture_logs() as logged:
+                with pytest.raises(AssertionError):  # it is killed
+                    await tell("exec", "a-1", "perl", "-e", "$x .= q(a) x 1e6 while 1")
+                # The engine tells of it when it comes to it.
+                while not any("for lack of memory" in str(line["event"]) for line in logged):  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+            await tell("kill", "a-1")
             death = await waiting
     assert death.out_of_memory == 64 * MIB
 
