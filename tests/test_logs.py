@@ -26,6 +26,7 @@ from serving import eventually, serving
 
 from envd import Client, log
 from envd.app import logs
+from envd.app.sse import PIECE
 from envd.cli.logs import logs as show
 from envd.cli.logs import moment, rendered
 from envd.drivers.sim import Behaviour
@@ -369,7 +370,7 @@ async def test_to_a_reader_that_does_not_read_only_a_little_is_sent(
     def counting(lines: list[Line]) -> Iterator[bytes]:
         nonlocal sent
         for piece in packed(lines):
-            assert len(piece) < 2 * LONGEST + logs.PIECE
+            assert len(piece) < 2 * LONGEST + PIECE
             sent += len(piece)
             yield piece
 
