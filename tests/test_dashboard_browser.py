@@ -576,8 +576,8 @@ async def test_text_has_contrast_controls_have_names_and_pictures_are_left_behin
 
 @pytest.mark.parametrize("width", [360, 1280])
 async def test_a_warning_is_read_with_what_to_do(browser: Browser, width: int) -> None:
-    hint = "`make evaluators` makes the interpreter that evaluations run in; then start the daemon again."
-    warning = f"evaluations end without a score: there is no interpreter for the evaluators. {hint}"
+    hint = "Run `make evaluators` once, which takes minutes, or set ENVD_EVALUATORS to a Python that has them."
+    warning = f"episodes can be played but not judged: there is no interpreter with the evaluators. {hint}"
     async with serving() as served:
         said = served.service.doubts()
         served.service.doubts = lambda: [*said, warning]  # type: ignore[method-assign]
