@@ -459,7 +459,8 @@ async def test_nothing_of_a_film_is_cut_off_however_narrow_the_screen(browser: B
         assert await page.evaluate(f"{film}.scrollWidth <= {film}.clientWidth")
         for button in ("#film-close", "#film-bundle", "#film-back", "#film-on"):
             box = await page.evaluate(f"document.querySelector({button!r}).getBoundingClientRect().toJSON()")
-            assert box["left"] >= 0 and box["right"] <= width, button
+            assert box["left"] >= 0, button
+            assert box["right"] <= width, button
             await page.until(f"document.querySelector({button!r}).checkVisibility()")
         assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth")
         await page.screenshot(artefacts() / f"dashboard-film-{width}.png")
