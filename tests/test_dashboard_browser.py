@@ -6,6 +6,8 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
+import socket
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -19,11 +21,14 @@ from daemon_process import daemon, reset
 from figures import FIGURES
 from serving import CLICK, DONE, Served, serving
 
+from envd import __version__
 from envd.drivers.base import Death
 from envd.drivers.sim import Behaviour, Fault
 
 TOKEN, READER = "t" * 20, "r" * 20
 SHOWN = "document.documentElement.dataset.state === 'known'"
+FIGURES_SHOWN = "document.querySelector('.figures')"
+UP = f"{FIGURES_SHOWN}.lastElementChild.lastElementChild.textContent"
 LIVE = "document.documentElement.dataset.connection === 'live'"
 HOSTILE = "<img src=x onerror=\"document.title='taken'\"><script>document.title='taken'</script>\" ' --> \u202e ]]>"
 TASK = {"id": "t-1", "instruction": "Do it.", "config": [], "evaluator": {"func": "infeasible"}}
@@ -213,11 +218,26 @@ async def test_the_page_lives_through_a_daemon_that_is_killed_and_started_again(
             await page.open(first.url)
             await page.until(f"{SHOWN} && {LIVE}")
             await page.evaluate("window.mine = true")
+            await page.until(f"{UP} !== '–'")
+            assert await page.evaluate(f"getComputedStyle({FIGURES_SHOWN}).filter") == "none"
             first.signal_all(SIGKILL)
             await page.until("document.querySelector('#connection').textContent.startsWith('Reconnecting')")
+            assert await page.evaluate("document.querySelector('#ready').dataset.tone") == "bad"
+            told = await page.evaluate("document.querySelector('.readiness').innerText")
+            assert re.fullmatch(r"Not reachable\s+since \d\d:\d\d:\d\d; trying again", told)
+            for part in (FIGURES_SHOWN, "document.querySelector('.columns')"):
+                assert await page.evaluate(f"getComputedStyle({part}).filter") == "grayscale(1)"
+                assert "no longer told" in await page.evaluate(f"{part}.ariaLabel")
+            up = await page.evaluate(UP)
+            await page.evaluate("new Promise((resolve) => setTimeout(resolve, 2500))")  # a second or two go by
+            assert await page.evaluate(UP) == up
+            assert await page.evaluate("document.querySelector('.readiness').innerText") == told
         async with daemon(state, "--port", port, env=env) as (second, session):
             assert second.url == first.url
             await page.until(LIVE)
+            await page.until("document.querySelector('#ready').textContent === 'Ready'")
+            assert await page.evaluate(f"getComputedStyle({FIGURES_SHOWN}).filter") == "none"
+            assert await page.evaluate(f"{FIGURES_SHOWN}.ariaLabel") == "At a glance"
             await reset(session, second.url, 1)
             await page.until(f"{card(1, '.pill')}.textContent === 'playing'")
             assert await page.evaluate("window.mine")
@@ -412,11 +432,64 @@ async def test_an_episode_that_is_not_kept_says_so(browser: Browser) -> None:
     async with serving() as served, browser.page() as page:
         await page.open(f"{served.url}/#film/ep-none")
         await page.until(has("#film-why", "There is no bundle"))
+        assert await page.evaluate(has("#film-step", "There is no such episode"))
+        for button in ("#film-back", "#film-on", "#film-bundle"):
+            assert await page.evaluate(f"document.querySelector({button!r}).getAttribute('aria-disabled')") == "true"
+        loaded = len(page.requests)
+        await page.click("#film-bundle")
+        await page.click("#film-on")
+        assert not [url for url in page.requests[loaded:] if "/bundle" in url]
+        job = await served.reset(0, task=TASK)
+        await page.evaluate(f"location.hash = 'film/{job['episode_id']}'")  # what there is has its buttons again
+        await page.until("document.querySelectorAll('.thumb').length === 1")
+        assert await page.evaluate("document.querySelector('#film-bundle').getAttribute('aria-disabled')") is None
+
+
+@pytest.mark.parametrize("width", [320, 360, 740, 1280])
+async def test_nothing_of_a_film_is_cut_off_however_narrow_the_screen(browser: Browser, width: int) -> None:
+    async with serving() as served, looking(browser, served.url, width, 740) as page:
+        job = await served.reset(0, task={**TASK, "id": "a-task-with-a-rather-long-name-of-many-words"})
+        for _ in range(5):
+            await served.post("/v1/envs/0/step", {"prediction": CLICK})
+        served.desktop().die(Death("the machine stopped"))
+        await served.evaluate()  # no score, and words why
+        await page.evaluate(f"location.hash = 'film/{job['episode_id']}'")
+        await page.until("document.querySelectorAll('.thumb').length > 5")
+        film = "document.querySelector('#film')"
+        assert await page.evaluate(f"{film}.scrollWidth <= {film}.clientWidth")
+        for button in ("#film-close", "#film-bundle", "#film-back", "#film-on"):
+            box = await page.evaluate(f"document.querySelector({button!r}).getBoundingClientRect().toJSON()")
+            assert box["left"] >= 0, button
+            assert box["right"] <= width, button
+            await page.until(f"document.querySelector({button!r}).checkVisibility()")
+        assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+        await page.screenshot(artefacts() / f"dashboard-film-{width}.png")
+        await page.click("#film-close")
+        await page.until(f"!{film}.open")
+
+
+async def test_an_empty_env_says_how_to_begin(browser: Browser) -> None:
+    async with serving(envs=2) as served, looking(browser, served.url) as page:
+        why = await page.evaluate(f"{card(1, '.screen-why')}.textContent")
+        assert why == "No desktop. `envd reset 1` or `envd demo` begins."
+
+
+async def test_the_top_says_which_host_and_what_else_is_known_of_it(browser: Browser) -> None:
+    async with serving() as served, looking(browser, served.url) as page:
+        place = "document.querySelector('#place')"
+        assert await page.evaluate(f"{place}.textContent") == f"host {socket.gethostname()} · sim · {__version__}"
+        title = await page.evaluate(f"{place}.title")
+        assert f"host {socket.gethostname()};" in title
+        assert f"envd {__version__};" in title
 
 
 # -- for everybody ------------------------------------------------------------------------------------------------
 
 
+CUT = """[...document.querySelectorAll('.figures dt, .figures dd, .filter, .readiness span, .chip')]
+    .filter((one) => one.scrollWidth > one.clientWidth || one.scrollHeight > one.clientHeight + 1)
+    .map((one) => [one.textContent, one.scrollWidth, one.clientWidth, one.scrollHeight, one.clientHeight])"""
+"""Labels that do not fit; and the words about readiness, which may be long."""
 CONTRASTS = """(() => {
     const parsed = (color) => {
         const canvas = document.createElement('canvas').getContext('2d', {willReadFrequently: true});
@@ -491,6 +564,7 @@ async def test_text_has_contrast_controls_have_names_and_pictures_are_left_behin
                     assert contrasts[0][0] >= 4.5, (name, contrasts[:5])
                     lowest.append(contrasts[0][0])
                     assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
+                    assert await page.evaluate(CUT) == [], name
                     nodes = await page.accessible()
                     nameless = [
                         one for one in nodes if one["focusable"] and not one["name"] and one["role"] != "RootWebArea"
@@ -499,6 +573,19 @@ async def test_text_has_contrast_controls_have_names_and_pictures_are_left_behin
                     assert sum(one["role"] == "button" for one in nodes) > 20
                     assert all(one["name"] for one in nodes if one["role"] in ("image", "img", "progressbar", "dialog"))
         FIGURES.append(f"dashboard: lowest contrast of any text {min(lowest):.2f}; pictures in {artefacts()}")
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+async def test_a_warning_is_read_with_what_to_do(browser: Browser, width: int) -> None:
+    hint = "Run `make evaluators` once, which takes minutes, or set ENVD_EVALUATORS to a Python that has them."
+    warning = f"episodes can be played but not judged: there is no interpreter with the evaluators. {hint}"
+    async with serving() as served:
+        said = served.service.doubts()
+        served.service.doubts = lambda: [*said, warning]  # type: ignore[method-assign]
+        async with looking(browser, served.url, width) as page:
+            await page.until(has("#reasons", hint))
+            assert await page.evaluate(CUT) == []
+            assert await page.evaluate("document.querySelector('#ready').textContent") == "Ready"
 
 
 async def test_a_theme_is_chosen_and_remembered_and_is_the_system_s_own_in_other_words(browser: Browser) -> None:

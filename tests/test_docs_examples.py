@@ -127,10 +127,14 @@ def around(served: DaemonProcess) -> dict[str, str]:
 NATIVE = [name for name in PAGES if not name.startswith("api-")]
 RUN = {name: examples_of(PAGES[name].read()) for name in NATIVE if name != "drivers" and not PAGES[name].copied}
 
+WANT_TWO = {name for name in RUN if "ENVD_ENVS=2" in PAGES[name].read()}
+
 
 @pytest.mark.parametrize("name", [name for name, found in RUN.items() if any(not one.reason for one in found)])
 async def test_the_examples_of_a_page_print_what_it_says(name: str, tmp_path: Path) -> None:
-    async with daemon(tmp_path / "state", env=QUICK) as (served, _):
+    """With the one env of the quick start, unless the page says that it takes two."""
+    envs = "2" if name in WANT_TWO else "1"
+    async with daemon(tmp_path / "state", env=QUICK | {"ENVD_ENVS": envs}) as (served, _):
         folder = tmp_path / "reader"
         folder.mkdir()
         names = around(served)

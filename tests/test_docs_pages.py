@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from browser import chromium
 from serving import serving
 
 from envd.app.docs import openapi_document
@@ -244,3 +245,24 @@ def test_a_cell_knows_the_words_above_it() -> None:
 def test_the_same_heading_twice_has_two_anchors() -> None:
     headings: Any = render(PAGE, "# a\n## b\n## b\n").headings
     assert [heading.anchor for heading in headings] == ["a", "b", "b-1"]
+
+
+@pytest.mark.timeout(180)
+async def test_pages_fit_a_telephone_and_a_picture_that_does_not_says_that_it_is_scrolled(tmp_path: Path) -> None:
+    picture = "document.querySelector('.picture')"
+    hint = f"getComputedStyle({picture}, '::before').content"
+    async with serving() as served, chromium(tmp_path) as browser, browser.page(360, 740) as page:
+        for name in PAGES:
+            await page.open(f"{served.url}{PAGES[name].url}")
+            await page.until("document.readyState === 'complete'")
+            assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth"), name
+        await page.open(f"{served.url}/docs")
+        await page.until("document.readyState === 'complete'")
+        assert await page.evaluate(f"{picture}.scrollWidth > {picture}.clientWidth")
+        assert "scroll it" in await page.evaluate(hint)
+        assert await page.evaluate(f"{picture}.tabIndex") == 0
+        await page.evaluate(f"{picture}.scrollLeft = 1e6")
+        assert await page.evaluate(f"{picture}.scrollLeft") > 300
+        await page.resize(1280, 900)
+        assert await page.evaluate(f"{picture}.scrollWidth <= {picture}.clientWidth")
+        assert await page.evaluate(hint) == "none"

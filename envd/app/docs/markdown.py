@@ -132,7 +132,7 @@ class _Renderer(RendererHTML):
         drawing = (_PICTURES / source.name).read_text(encoding="utf-8")
         drawing = re.sub(r"\A.*?(?=<svg)", "", drawing, flags=re.DOTALL)
         named = drawing.replace("<svg", f'<svg role="img" aria-label="{label}"', 1)
-        return f'<span class="picture">{named}</span>'
+        return f'<span class="picture" tabindex="0" role="group" aria-label="A wide picture">{named}</span>'
 
     def fence(self, tokens: Sequence[Token], index: int, options: OptionsDict, env: Env) -> str:
         language, _, about = tokens[index].info.strip().partition(" ")

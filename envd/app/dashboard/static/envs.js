@@ -231,7 +231,7 @@ class Card {
     if (state === "resetting") return "";
     if (state === "lost") return detail;
     const error = this.#store.failureOf.get(id);
-    return error ? [`The last reset failed: ${error.code}.`, error.detail, error.hint].filter(Boolean).join(" ") : "No desktop.";
+    return error ? [`The last reset failed: ${error.code}.`, error.detail, error.hint].filter(Boolean).join(" ") : "No desktop. `envd reset " + id + "` or `envd demo` begins.";
   }
 
   #taskOf({ episode, state }) {

@@ -2,7 +2,7 @@
 // It has an address (#film/EPISODE/STEP), and goes on while its episode does.
 
 import { Problem, get } from "./api.js";
-import { follow } from "./commands.js";
+import { follow, isAllowed } from "./commands.js";
 import { byId, el, setAttribute, setHidden, setText } from "./dom.js";
 import { verdictWords } from "./envs.js";
 import { clock, duration } from "./format.js";
@@ -34,7 +34,7 @@ export class Film {
     byId("film-close").addEventListener("click", () => this.#dialog.close());
     byId("film-back").addEventListener("click", () => this.#go(this.#shown - 1));
     byId("film-on").addEventListener("click", () => this.#go(this.#shown + 1));
-    byId("film-bundle").addEventListener("click", follow);
+    byId("film-bundle").addEventListener("click", (event) => (isAllowed(event.currentTarget) ? follow(event) : event.preventDefault()));
     byId("film-bundle").setAttribute("download", "");
     this.#dialog.addEventListener("close", () => this.#leave());
     this.#dialog.addEventListener("keydown", (event) => this.#key(event));
@@ -86,7 +86,7 @@ export class Film {
         if (follows && atEnd) this.#go(this.#scenes.length - 1);
       } catch (error) {
         if (!(error instanceof Problem)) throw error;
-        if (episode === this.#episode) this.#explain(error.message);
+        if (episode === this.#episode) this.#refuse(error);
       }
     })();
     try {
@@ -202,6 +202,18 @@ export class Film {
     this.#go(moves[event.key]);
   }
 
+  /** Where there is no such episode, there is nothing to turn or to take along. */
+  #refuse(problem) {
+    this.#explain(problem.message);
+    if (problem.status !== 404) return;
+    setText(byId("film-step"), "There is no such episode.");
+    this.#close(true);
+  }
+
+  #close(closed) {
+    for (const name of ["film-back", "film-on", "film-bundle"]) setAttribute(byId(name), "aria-disabled", closed ? "true" : null);
+  }
+
   #explain(words) {
     setText(byId("film-why"), words);
   }
@@ -217,6 +229,8 @@ export class Film {
     this.#scenes = [];
     this.#shown = 0;
     this.#describe(null, 0);
+    setText(byId("film-verdict"), "");
+    this.#close(false);
   }
 
   #leave() {

@@ -37,7 +37,7 @@ store.onChange(() => {
 
 setInterval(() => {
   if (document.hidden) return;
-  for (const part of [head, envs, boots]) part.tick();
+  for (const part of head.live ? [head, envs, boots] : [head]) part.tick(); // nothing goes on that is not told
 }, 1000);
 
 byId("drain").addEventListener("click", drain);
