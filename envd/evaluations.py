@@ -1,4 +1,4 @@
-"""Verdicts: each episode is judged once, and whoever asks again is told the same.
+"""Verdicts: each episode is judged once, which ends it, and whoever asks again is told the same.
 
 A number leaves here only if the task's own evaluator returned it, or if its rules say so without one: an infeasible
 task is done by giving up, and giving up does no other task. Everything that fails on the way is a verdict without a
@@ -121,6 +121,7 @@ class Evaluations:
             if env.episode is not None and (found := await self._found(env.episode.id)) is not None:
                 self._pending[env.episode.id] = pending = _Pending(verdict=found)
                 pending.done.set()
+                self._envs.has_verdict(env.episode)
 
     async def evaluate(self, env: int) -> Verdict:
         """The verdict of the env's episode. The first caller has it found; it is found also when that caller leaves,
@@ -237,10 +238,12 @@ class Evaluations:
         if error is not None and play.replaced:
             error = EvaluationCancelled(f"The desktop of env {episode.env} was taken away: {play.why}.")
         findings.seconds["total"] = round(time.monotonic() - findings.began, 4)
+        self._envs.has_verdict(episode)
         return self._verdict(episode, play, findings, score, error)
 
     async def _score(self, episode: Episode, play: Play, findings: _Findings) -> float:
         if play.task.evaluator is None:
+            await self._envs.between_steps(episode.env)
             raise NotEvaluable(
                 f"The task{f' {play.task.id}' if play.task.id else ''} of env {episode.env} has no evaluator.",
                 hint="Give its task file one, or judge it yourself by the evidence.",

@@ -169,6 +169,79 @@ async def test_without_evaluators_the_verdict_says_how_to_get_them(tmp_path: Pat
         assert "make evaluators" in verdict["hint"]
 
 
+@pytest.mark.parametrize("path", ["/v1/envs/0/evaluate", "/env/evaluate"])
+@pytest.mark.parametrize("evaluator", [pytest.param(None, id="no evaluator"), pytest.param(command(), id="none here")])
+async def test_every_verdict_ends_the_episode_and_frees_its_env(
+    tmp_path: Path, evaluator: Task | None, path: str
+) -> None:
+    async with without_evaluators(tmp_path) as served:
+        await plays(served, evaluator)
+        body = {"slot_id": 0} if path == "/env/evaluate" else None
+        status, first = await served.post(path, body)
+        assert (status, first["code"]) in [(200, "not_evaluable"), (500, "not_evaluable")]
+        episode = served.service.env(0).episode
+        assert episode is not None
+        assert (episode.done, episode.end_reason) == (True, "evaluated")
+        status, refused = await served.post("/v1/envs/0/step", {"prediction": CLICK})
+        assert (status, refused["code"], refused["end_reason"]) == (409, "episode_over", "evaluated")
+        _, again = await served.post(path, body)
+        told = [answer.get("verdict", answer)["evaluated_at"] for answer in (first, again)]
+        assert told == [(await served.evaluate())["evaluated_at"]] * 2
+        status, lease = await served.post("/v1/leases", {"owner": "ann"})
+        assert (status, lease["envs"]) == (201, [0])
+
+
+async def stepping(served: Served, seconds: float) -> asyncio.Task[tuple[int, Any]]:
+    """A step that has begun, and takes so long."""
+    body = {"actions": ["pyautogui.moveTo(5, 5)"], "pause_s": seconds}
+    step = asyncio.create_task(served.post("/v1/envs/0/step", body))
+    await eventually(lambda: calls(served.desktop(), "/execute") > 0)
+    return step
+
+
+async def test_a_verdict_without_an_evaluator_waits_for_the_step_that_runs() -> None:
+    async with serving() as served:
+        await plays(served, None)
+        step = await stepping(served, 0.3)
+        verdict = await served.evaluate()
+        status, result = await step
+        assert (status, result["done"]) == (200, False)
+        assert (verdict["provenance"]["steps"], verdict["provenance"]["end_reason"]) == (1, "evaluated")
+
+
+async def test_a_verdict_that_waited_for_a_step_for_too_long_ends_the_episode_too() -> None:
+    async with serving(evaluation_timeout=0.2) as served:
+        await plays(served, INFEASIBLE)
+        step = await stepping(served, 0.8)
+        assert no_number(await served.evaluate()) == ("expired", "evaluation_expired", "infra")
+        status, result = await step
+        assert (status, result["done"], result["end_reason"]) == (200, True, "evaluated")
+        episode = served.service.env(0).episode
+        assert episode is not None
+        assert (episode.done, episode.end_reason) == (True, "evaluated")
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        pytest.param(DONE, "ended: done, and it has its verdict", id="ended before"),
+        pytest.param(CLICK, "ended: evaluated", id="ended by it"),
+    ],
+)
+async def test_a_step_after_the_verdict_is_not_told_to_evaluate(said: str, words: str) -> None:
+    async with serving() as served:
+        await plays(served, INFEASIBLE)
+        await served.post("/v1/envs/0/step", {"prediction": said})
+        if said is DONE:
+            _, before = await served.post("/v1/envs/0/step", {"actions": ["WAIT"]})
+            assert before["hint"] == "Evaluate it or reset the env."
+        await served.evaluate()
+        _, after = await served.post("/v1/envs/0/step", {"actions": ["WAIT"]})
+        assert words in after["detail"]
+        assert "Evaluate it" not in after["hint"]
+        assert after["hint"].startswith("Reset the env")
+
+
 @pytest.mark.parametrize(
     ("setting", "value", "words"),
     [
