@@ -217,6 +217,8 @@ class Envs:
         self._step_ended = anyio.Event()
         self.on_began: Callable[[Task], None] = lambda task: None
         """Told of the task of each episode that begins."""
+        self.doubt: Callable[[Task], Awaitable[str]] = _no_doubt
+        """Asked what is to be said against an episode of a task that is about to begin; "" is nothing."""
         self.on_idle: Callable[[], None] = lambda: None
         """Told when an env may have become idle."""
         fleet.on_lost = self._desktop_lost
@@ -395,8 +397,12 @@ class Envs:
         warnings += warnings_of(records, "config")
         if not settled.still:
             warnings.append(f"the screen was still changing when it was first looked at, after {settled.seconds:.1f} s")
+        told = tuple(warnings)
+        if doubt := await self.doubt(task):
+            # Not the episode's own: it may be over by the time of the verdict.
+            told += (doubt,)
         await bundle.frame(0, picture)
-        await bundle.about({"warnings": warnings, "settled": settled.model_dump(mode="json")})
+        await bundle.about({"warnings": told, "settled": settled.model_dump(mode="json")})
         await bundle.flushed()
         # It may have died after its last answer and before this line, when nothing tied it to the env yet. From here
         # on nothing is awaited until it is.
@@ -427,9 +433,9 @@ class Envs:
         slot.desktop_id, slot.state, slot.detail = desktop.id, EnvState.PLAYING, ""
         self._store.put(Kind.PLAYS, episode.id, play.kept())
         self._keep(slot)
-        self._tell(slot, "episode", state="began", episode_id=episode.id, warnings=warnings, message="episode began")
+        self._tell(slot, "episode", state="began", episode_id=episode.id, warnings=told, message="episode began")
         self.on_began(task)
-        return Beginning(episode.id, tuple(warnings), settled)
+        return Beginning(episode.id, told, settled)
 
     def _tie(self, slot: _Slot, episode: Episode, play: Play) -> None:
         """The episode to its env, with nothing seen yet."""
@@ -947,6 +953,10 @@ class Envs:
     def _tell(self, slot: _Slot, kind: str, **data: Any) -> None:
         episode_id = slot.episode.id if slot.episode else None
         self._events.publish(kind, env=slot.id, desktop_id=slot.desktop_id, **{"episode_id": episode_id, **data})
+
+
+async def _no_doubt(task: Task) -> str:
+    return ""
 
 
 async def _cut_short(guest: Guest, step: Step, **how: object) -> ActionResult:

@@ -26,6 +26,7 @@ from .errors import (
     EvaluationExpired,
     EvaluationInterrupted,
     EvaluatorError,
+    EvaluatorsMissing,
     Fault,
     InfraError,
     InternalError,
@@ -55,6 +56,7 @@ logger = structlog.get_logger(__name__)
 
 MARGIN = 2.0
 """Seconds before the evaluation's own limit at which the evaluator is stopped, so that its report is still had."""
+NO_EVALUATORS = "there are no evaluators here; run `make evaluators`, or set ENVD_EVALUATORS to a Python that has them"
 
 
 @dataclass
@@ -102,6 +104,7 @@ class Evaluations:
         self._events = events
         self._pending: dict[str, _Pending] = {}
         envs.on_began = self.expect
+        envs.doubt = self.doubt
         self._tasks: TaskGroup | None = None
 
     async def run(self, started: anyio.Event) -> None:
@@ -155,6 +158,12 @@ class Evaluations:
         """An episode of `task` began: have the evaluators ready by its end. They take seconds to import, once."""
         if self._tasks is not None and task.evaluator is not None and not task.evaluator.infeasible:
             self._tasks.start_soon(self._evaluators.warm)
+
+    async def doubt(self, task: Task) -> str:
+        """Why an episode of `task` could be played and not be judged here; "" when nothing is known against it."""
+        if task.evaluator is None or task.evaluator.infeasible or await self._evaluators.look():
+            return ""
+        return f"the episode cannot be judged: {NO_EVALUATORS}"
 
     def is_over(self, env: int) -> bool:
         """Whether nothing more is to be expected of the env's episode: it has none, or its verdict, or has ended and
@@ -379,6 +388,7 @@ STATUSES: tuple[tuple[type[EnvdError], VerdictStatus], ...] = (
     (EvaluationCancelled, VerdictStatus.CANCELLED),
     (EvaluationExpired, VerdictStatus.EXPIRED),
     (EvaluatorError, VerdictStatus.EVALUATOR_ERROR),
+    (EvaluatorsMissing, VerdictStatus.NOT_EVALUABLE),
     (NotEvaluable, VerdictStatus.NOT_EVALUABLE),
 )
 

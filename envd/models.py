@@ -301,7 +301,7 @@ class VerdictStatus(StrEnum):
     INFRA_ERROR = "infra_error"  # the desktop, its guest or a download failed
     EVALUATOR_ERROR = "evaluator_error"  # a getter or a metric raised, was killed or overran
     TASK_ERROR = "task_error"  # the task's own post-configuration or evaluator cannot work as written
-    NOT_EVALUABLE = "not_evaluable"  # this daemon lacks what it takes
+    NOT_EVALUABLE = "not_evaluable"  # the task has no evaluator, or this daemon lacks what it takes
     CANCELLED = "cancelled"  # a reset, or the end of a lease, took the desktop away
     EXPIRED = "expired"  # the evaluation's own time ran out
 

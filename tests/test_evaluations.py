@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import re
 import signal
 import sys
 import tarfile
@@ -165,8 +166,38 @@ async def test_without_evaluators_the_verdict_says_how_to_get_them(tmp_path: Pat
     async with without_evaluators(tmp_path) as served:
         await plays(served, command())
         verdict = await served.evaluate()
-        assert no_number(verdict) == ("not_evaluable", "not_evaluable", "task")
+        assert no_number(verdict) == ("not_evaluable", "evaluators_missing", "infra")
         assert "make evaluators" in verdict["hint"]
+        status, problem = await served.post("/env/evaluate", {"slot_id": 0})
+        assert (status, problem["code"], problem["fault"]) == (500, "evaluators_missing", "infra")
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "warned"),
+    [
+        pytest.param(command(), True, id="an evaluator"),
+        pytest.param(INFEASIBLE, False, id="an infeasible task"),
+        pytest.param(None, False, id="no evaluator"),
+    ],
+)
+async def test_without_evaluators_a_reset_warns_and_succeeds(
+    tmp_path: Path, evaluator: Task | None, warned: bool
+) -> None:
+    async with without_evaluators(tmp_path) as served:
+        job = await served.reset(task={"id": "t", **({"evaluator": evaluator} if evaluator else {})})
+        assert job["state"] == "succeeded"
+        said = [words for words in job["warnings"] if "the episode cannot be judged" in words]
+        assert len(said) == warned
+        assert all("make evaluators" in words for words in said)
+
+
+async def test_readyz_says_that_episodes_cannot_be_judged_until_they_can(tmp_path: Path) -> None:
+    async with without_evaluators(tmp_path) as served:
+        status, said = await served.get("/readyz")
+        assert (status, said["ready"], len(said["warnings"])) == (200, True, 1)
+        assert re.match("episodes cannot be judged: .*`make evaluators`", said["warnings"][0])
+        (tmp_path / "python").touch(0o700)
+        assert (await served.get("/readyz"))[1]["warnings"] == []
 
 
 @pytest.mark.parametrize("path", ["/v1/envs/0/evaluate", "/env/evaluate"])
@@ -178,7 +209,10 @@ async def test_every_verdict_ends_the_episode_and_frees_its_env(
         await plays(served, evaluator)
         body = {"slot_id": 0} if path == "/env/evaluate" else None
         status, first = await served.post(path, body)
-        assert (status, first["code"]) in [(200, "not_evaluable"), (500, "not_evaluable")]
+        assert (status, first["code"]) == (
+            200 if body is None else 500,
+            "evaluators_missing" if evaluator else "not_evaluable",
+        )
         episode = served.service.env(0).episode
         assert episode is not None
         assert (episode.done, episode.end_reason) == (True, "evaluated")
