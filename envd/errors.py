@@ -454,12 +454,15 @@ class DeadlinePassed(CapacityError):
 
 
 class LeaseUnavailable(CapacityError):
-    """Raised by the client only. Facts: position."""
+    """Raised by the client only. Facts: position, waits_for (of each env that is taken: env, by, since, detail)."""
 
     code = "lease_unavailable"
     title = "Too few envs became free in time"
     cause = "So many envs did not become free together within `wait_s`."
-    remedy = "Wait longer or ask for fewer; `GET /v1/leases` says who has them."
+    remedy = (
+        "Wait longer or ask for fewer. `detail` says what each env is taken by; one that is played on without a lease "
+        "is freed by evaluating its episode (`envd evaluate ENV`), or by a step with DONE or FAIL."
+    )
 
 
 class InfraError(EnvdError):

@@ -215,6 +215,17 @@ class LeaseView(Model):
     expires_at: float
 
 
+class Taken(Model):
+    """Why a lease that waits cannot have an env."""
+
+    env: int
+    by: Literal["lease", "episode", "job", "call"]
+    """Another lease, an episode that is played without one, a reset, or a call that is in the middle."""
+    since: float | None = None
+    detail: str
+    """In words, with what frees the env."""
+
+
 class Lease(Model):
     """So many envs for one owner, all or none. Its id is what the holder's calls carry, in the header `X-Lease`."""
 
@@ -238,6 +249,8 @@ class Lease(Model):
     ended_at: float | None = None
     leaving: tuple[int, ...] = ()
     """Of one that has ended, the envs whose jobs and calls are still being ended; nobody has them yet."""
+    waits_for: tuple[Taken, ...] = ()
+    """While it waits, the envs that are taken, and by what, as of this answer."""
 
     @property
     def links(self) -> dict[str, str]:
