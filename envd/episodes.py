@@ -101,6 +101,7 @@ class Play:
     replaced  a reset, or the end of a lease, has taken the desktop away
     why       what did
     interrupted  the daemon ended while it was judged, when something may have been done to the desktop for that
+    judged    it has its verdict, which is final
     """
 
     job_id: str
@@ -115,6 +116,7 @@ class Play:
     replaced: bool = False
     why: str = "a reset began"
     interrupted: bool = False
+    judged: bool = False
 
     def kept(self, *, judging: bool = False) -> KeptPlay:
         return KeptPlay(
@@ -215,6 +217,8 @@ class Envs:
         self._step_ended = anyio.Event()
         self.on_began: Callable[[Task], None] = lambda task: None
         """Told of the task of each episode that begins."""
+        self.doubt: Callable[[Task], Awaitable[str]] = _no_doubt
+        """Asked what is to be said against an episode of a task that is about to begin; "" is nothing."""
         self.on_idle: Callable[[], None] = lambda: None
         """Told when an env may have become idle."""
         fleet.on_lost = self._desktop_lost
@@ -275,14 +279,26 @@ class Envs:
         """The env's desktop, for as long as `episode` is judged: waits for the step that runs, ends the episode, and
         lets no other step begin. Raises DesktopLost when the desktop is gone or a reset has taken it."""
         slot = self._slot(episode.env)
-        while slot.busy:
-            await self._step_ended.wait()
+        await self.between_steps(slot.id)
         with self._taken(slot, "its evaluation"):
             if slot.episode is None or slot.episode.id != episode.id:
                 raise _lost(episode.desktop_id)
             self._with_desktop(slot.id)
             self._end_episode(slot, EndReason.EVALUATED)
             yield Judged(slot.episode, self._desktop(slot), self)
+
+    async def between_steps(self, env: int) -> None:
+        """Return when no call is in the middle there."""
+        slot = self._slot(env)
+        while slot.busy:
+            await self._step_ended.wait()
+
+    def has_verdict(self, episode: Episode) -> None:
+        """Its verdict, with a number or without, is all that was to be expected of it: nothing more is played."""
+        slot = self._slot(episode.env)
+        if slot.episode is not None and slot.play is not None and slot.episode.id == episode.id:
+            slot.play.judged = True
+            self._end_episode(slot, EndReason.EVALUATED)
 
     async def is_being_judged(self, judged: Judged) -> None:
         """From here on something may be done to the desktop for its verdict, which is not done a second time."""
@@ -381,8 +397,12 @@ class Envs:
         warnings += warnings_of(records, "config")
         if not settled.still:
             warnings.append(f"the screen was still changing when it was first looked at, after {settled.seconds:.1f} s")
+        told = tuple(warnings)
+        if doubt := await self.doubt(task):
+            # Not the episode's own: it may be over by the time of the verdict.
+            told += (doubt,)
         await bundle.frame(0, picture)
-        await bundle.about({"warnings": warnings, "settled": settled.model_dump(mode="json")})
+        await bundle.about({"warnings": told, "settled": settled.model_dump(mode="json")})
         await bundle.flushed()
         # It may have died after its last answer and before this line, when nothing tied it to the env yet. From here
         # on nothing is awaited until it is.
@@ -413,9 +433,9 @@ class Envs:
         slot.desktop_id, slot.state, slot.detail = desktop.id, EnvState.PLAYING, ""
         self._store.put(Kind.PLAYS, episode.id, play.kept())
         self._keep(slot)
-        self._tell(slot, "episode", state="began", episode_id=episode.id, warnings=warnings, message="episode began")
+        self._tell(slot, "episode", state="began", episode_id=episode.id, warnings=told, message="episode began")
         self.on_began(task)
-        return Beginning(episode.id, tuple(warnings), settled)
+        return Beginning(episode.id, told, settled)
 
     def _tie(self, slot: _Slot, episode: Episode, play: Play) -> None:
         """The episode to its env, with nothing seen yet."""
@@ -599,11 +619,7 @@ class Envs:
         if not slot.episode.done and not slot.busy and _overdue(slot.episode):
             self._end_episode(slot, EndReason.DEADLINE)
         if slot.episode.done:
-            raise EpisodeOver(
-                f"The episode of env {env} ended: {slot.episode.end_reason}.",
-                hint="Evaluate it or reset the env.",
-                end_reason=slot.episode.end_reason,
-            )
+            raise _over(slot.episode, slot.play)
         number = slot.episode.steps + 1
         if request.step is not None and request.step > number:
             raise StepGap(
@@ -793,7 +809,7 @@ class Envs:
             self._store.put(Kind.PLAYS, playing.episode_id, playing.play.kept())
         self._keep(playing.slot)
         self._tell(playing.slot, "step", **as_told(result), message="step")
-        if result.done:
+        if end is not None:
             self._tell_end(playing.slot)
         return result
 
@@ -812,6 +828,9 @@ class Envs:
             end = EndReason.MAX_STEPS
         if end is None and _overdue(episode):
             end = EndReason.DEADLINE
+        if episode.done:
+            # Its verdict was not waited for any longer: what is told of it holds.
+            return None
         if end is not None:
             playing.change(done=True, end_reason=end)
         return end
@@ -936,6 +955,10 @@ class Envs:
         self._events.publish(kind, env=slot.id, desktop_id=slot.desktop_id, **{"episode_id": episode_id, **data})
 
 
+async def _no_doubt(task: Task) -> str:
+    return ""
+
+
 async def _cut_short(guest: Guest, step: Step, **how: object) -> ActionResult:
     """In place of `act`, for what may have been sent when the daemon ended: nothing is done."""
     if isinstance(step, Special):
@@ -952,6 +975,19 @@ def warnings_of(records: list[SetupRecord], where: str) -> list[str]:
 
 def _overdue(episode: Episode) -> bool:
     return episode.deadline_at is not None and time.time() >= episode.deadline_at
+
+
+def _over(episode: Episode, play: Play) -> EpisodeOver:
+    reason = episode.end_reason
+    judged = play.judged and reason is not EndReason.EVALUATED
+    asked = play.judged or reason is EndReason.EVALUATED
+    return EpisodeOver(
+        f"The episode of env {episode.env} ended: {reason}{', and it has its verdict' if judged else ''}.",
+        hint="Reset the env to play on it again. Asked for again, the verdict is the same."
+        if asked
+        else "Evaluate it or reset the env.",
+        end_reason=reason,
+    )
 
 
 def _why(slot: _Slot) -> str:

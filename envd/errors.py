@@ -12,7 +12,8 @@
     │       LeaseUnavailable
     ├── InfraError            a machine or a library failed               fault: infra
     │   ├── BootFailed, BootTimeout, InstanceDied, DesktopLost, GuestUnreachable, GuestMisbehaved, ServerUnreachable,
-    │   │   AssetUnavailable, EvaluatorError, EvaluationExpired, EvaluationInterrupted, InternalError
+    │   │   AssetUnavailable, EvaluatorError, EvaluatorsMissing, EvaluationExpired, EvaluationInterrupted,
+    │   │   InternalError
     │   ├── (of BootFailed) DockerUnavailable, ImageMissing, DiskUnusable, PortConflict, NoSpace, OutOfMemory
     │   └── (of BootFailed) CloudRefused: NoCredentials, CredentialsExpired, NotAuthorized, AmiUnavailable,
     │       NetworkUnusable, InsufficientCapacity, QuotaExceeded, Throttled, CloudUnreachable, TtlUnavailable,
@@ -453,12 +454,15 @@ class DeadlinePassed(CapacityError):
 
 
 class LeaseUnavailable(CapacityError):
-    """Raised by the client only. Facts: position."""
+    """Raised by the client only. Facts: position, waits_for (of each env that is taken: env, by, since, detail)."""
 
     code = "lease_unavailable"
     title = "Too few envs became free in time"
     cause = "So many envs did not become free together within `wait_s`."
-    remedy = "Wait longer or ask for fewer; `GET /v1/leases` says who has them."
+    remedy = (
+        "Wait longer or ask for fewer. `detail` says what each env is taken by; one that is played on without a lease "
+        "is freed by evaluating its episode (`envd evaluate ENV`), or by a step with DONE or FAIL."
+    )
 
 
 class InfraError(EnvdError):
@@ -731,6 +735,24 @@ class EvaluatorError(InfraError):
     retryable = False
 
 
+class EvaluatorsMissing(InfraError):
+    """Facts, where one metric alone lacks something: stage, index."""
+
+    code = "evaluators_missing"
+    title = "This daemon lacks what judges the task"
+    cause = (
+        "The task has an evaluator, and this daemon has no interpreter that runs them, or lacks a library that one of "
+        "its metrics reads with. It is no fault of the task's."
+    )
+    remedy = (
+        "Run `make evaluators` once beside the daemon, or set `ENVD_EVALUATORS`; `hint` names a library that is "
+        "missing. Until then `/readyz` and the jobs of resets warn of it. The verdict stays as it is: reset, and play "
+        "anew."
+    )
+    status = 500
+    retryable = False
+
+
 class EvaluationExpired(InfraError):
     code = "evaluation_expired"
     title = "The evaluation was not done in time"
@@ -816,9 +838,9 @@ class EvaluationInvalid(TaskError):
 
 class NotEvaluable(TaskError):
     code = "not_evaluable"
-    title = "The task cannot be evaluated here"
-    cause = "The task has no evaluator, or this daemon lacks the interpreter that runs them."
-    remedy = "Give the task one; run `make evaluators` once, or set `ENVD_EVALUATORS`."
+    title = "The task has no evaluator"
+    cause = "The task has no evaluator, so nobody can say how well it was done."
+    remedy = "Give the task one, or judge it yourself by the evidence of the episode."
     status = 500
 
 

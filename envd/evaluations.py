@@ -1,4 +1,4 @@
-"""Verdicts: each episode is judged once, and whoever asks again is told the same.
+"""Verdicts: each episode is judged once, which ends it, and whoever asks again is told the same.
 
 A number leaves here only if the task's own evaluator returned it, or if its rules say so without one: an infeasible
 task is done by giving up, and giving up does no other task. Everything that fails on the way is a verdict without a
@@ -26,6 +26,7 @@ from .errors import (
     EvaluationExpired,
     EvaluationInterrupted,
     EvaluatorError,
+    EvaluatorsMissing,
     Fault,
     InfraError,
     InternalError,
@@ -55,6 +56,7 @@ logger = structlog.get_logger(__name__)
 
 MARGIN = 2.0
 """Seconds before the evaluation's own limit at which the evaluator is stopped, so that its report is still had."""
+NO_EVALUATORS = "there are no evaluators here; run `make evaluators`, or set ENVD_EVALUATORS to a Python that has them"
 
 
 @dataclass
@@ -102,6 +104,7 @@ class Evaluations:
         self._events = events
         self._pending: dict[str, _Pending] = {}
         envs.on_began = self.expect
+        envs.doubt = self.doubt
         self._tasks: TaskGroup | None = None
 
     async def run(self, started: anyio.Event) -> None:
@@ -121,6 +124,7 @@ class Evaluations:
             if env.episode is not None and (found := await self._found(env.episode.id)) is not None:
                 self._pending[env.episode.id] = pending = _Pending(verdict=found)
                 pending.done.set()
+                self._envs.has_verdict(env.episode)
 
     async def evaluate(self, env: int) -> Verdict:
         """The verdict of the env's episode. The first caller has it found; it is found also when that caller leaves,
@@ -154,6 +158,12 @@ class Evaluations:
         """An episode of `task` began: have the evaluators ready by its end. They take seconds to import, once."""
         if self._tasks is not None and task.evaluator is not None and not task.evaluator.infeasible:
             self._tasks.start_soon(self._evaluators.warm)
+
+    async def doubt(self, task: Task) -> str:
+        """Why an episode of `task` could be played and not be judged here; "" when nothing is known against it."""
+        if task.evaluator is None or task.evaluator.infeasible or await self._evaluators.look():
+            return ""
+        return f"the episode cannot be judged: {NO_EVALUATORS}"
 
     def is_over(self, env: int) -> bool:
         """Whether nothing more is to be expected of the env's episode: it has none, or its verdict, or has ended and
@@ -237,10 +247,12 @@ class Evaluations:
         if error is not None and play.replaced:
             error = EvaluationCancelled(f"The desktop of env {episode.env} was taken away: {play.why}.")
         findings.seconds["total"] = round(time.monotonic() - findings.began, 4)
+        self._envs.has_verdict(episode)
         return self._verdict(episode, play, findings, score, error)
 
     async def _score(self, episode: Episode, play: Play, findings: _Findings) -> float:
         if play.task.evaluator is None:
+            await self._envs.between_steps(episode.env)
             raise NotEvaluable(
                 f"The task{f' {play.task.id}' if play.task.id else ''} of env {episode.env} has no evaluator.",
                 hint="Give its task file one, or judge it yourself by the evidence.",
@@ -376,6 +388,7 @@ STATUSES: tuple[tuple[type[EnvdError], VerdictStatus], ...] = (
     (EvaluationCancelled, VerdictStatus.CANCELLED),
     (EvaluationExpired, VerdictStatus.EXPIRED),
     (EvaluatorError, VerdictStatus.EVALUATOR_ERROR),
+    (EvaluatorsMissing, VerdictStatus.NOT_EVALUABLE),
     (NotEvaluable, VerdictStatus.NOT_EVALUABLE),
 )
 

@@ -31,7 +31,7 @@ import anyio
 
 from .errors import InvalidRequest, Leased, LeaseOver, NotFound, QueueFull
 from .events import EventLog
-from .models import Env, EnvState, Job, Lease, LeaseEnd, LeaseRequest, LeaseState, LeaseView
+from .models import Env, EnvState, Job, Lease, LeaseEnd, LeaseRequest, LeaseState, LeaseView, Taken
 from .settings import Settings
 from .store import Kind, Store
 
@@ -448,6 +448,34 @@ class Leases:
         """The lease that holds the env, as everybody may see it."""
         holder = self._book.holder(env)
         return holder.view if holder else None
+
+    def told(self, lease: Lease) -> Lease:
+        """The lease as it is answered: one that waits with what it waits for."""
+        if lease.state is not LeaseState.WAITING:
+            return lease
+        taken = [self._taken(env) for env in range(len(self._players))]
+        return lease.model_copy(update={"waits_for": tuple(one for one in taken if one is not None)})
+
+    def _taken(self, env: int) -> Taken | None:
+        """By what the env is taken; None if nobody plays on it."""
+        if (holder := self._book.holder(env)) is not None:
+            return Taken(env=env, by="lease", since=holder.created_at, detail=f"leased to {holder.owner}")
+        if (last := self._book.leaving(env)) is not None:
+            words = f"being taken back from {last.owner}, whose lease has ended"
+            return Taken(env=env, by="lease", since=last.ended_at, detail=words)
+        running, waiting = self._jobs.of_env(env)
+        if (job := running or waiting) is not None:
+            return Taken(env=env, by="job", since=job.created_at, detail=f"being reset without a lease ({job.id})")
+        if self._players.is_idle(env):
+            return None
+        episode = self._players.env(env).episode
+        if episode is None or episode.done:
+            return Taken(env=env, by="call", detail="in the middle of a call")
+        words = (
+            f"played on without a lease for {max(0.0, time.time() - episode.started_at):.0f} s ({episode.id}): "
+            "evaluating it, or a step with DONE or FAIL, ends that and frees the env"
+        )
+        return Taken(env=env, by="episode", since=episode.started_at, detail=words)
 
     # -- within -------------------------------------------------------------------------------------------------
 

@@ -215,6 +215,17 @@ class LeaseView(Model):
     expires_at: float
 
 
+class Taken(Model):
+    """Why a lease that waits cannot have an env."""
+
+    env: int
+    by: Literal["lease", "episode", "job", "call"]
+    """Another lease, an episode that is played without one, a reset, or a call that is in the middle."""
+    since: float | None = None
+    detail: str
+    """In words, with what frees the env."""
+
+
 class Lease(Model):
     """So many envs for one owner, all or none. Its id is what the holder's calls carry, in the header `X-Lease`."""
 
@@ -238,6 +249,8 @@ class Lease(Model):
     ended_at: float | None = None
     leaving: tuple[int, ...] = ()
     """Of one that has ended, the envs whose jobs and calls are still being ended; nobody has them yet."""
+    waits_for: tuple[Taken, ...] = ()
+    """While it waits, the envs that are taken, and by what, as of this answer."""
 
     @property
     def links(self) -> dict[str, str]:
@@ -301,7 +314,7 @@ class VerdictStatus(StrEnum):
     INFRA_ERROR = "infra_error"  # the desktop, its guest or a download failed
     EVALUATOR_ERROR = "evaluator_error"  # a getter or a metric raised, was killed or overran
     TASK_ERROR = "task_error"  # the task's own post-configuration or evaluator cannot work as written
-    NOT_EVALUABLE = "not_evaluable"  # this daemon lacks what it takes
+    NOT_EVALUABLE = "not_evaluable"  # the task has no evaluator, or this daemon lacks what it takes
     CANCELLED = "cancelled"  # a reset, or the end of a lease, took the desktop away
     EXPIRED = "expired"  # the evaluation's own time ran out
 

@@ -31,7 +31,7 @@ from .drivers.base import Driver
 from .episodes import Envs
 from .episodes import Sent as StepSent
 from .errors import DiskLow, Draining, EnvBusy, InvalidRequest, SettingsError
-from .evaluations import Evaluations
+from .evaluations import NO_EVALUATORS, Evaluations
 from .events import EventLog
 from .host import Host
 from .journal import Journal
@@ -422,7 +422,7 @@ class Service:
         return {"ready": not reasons, "reasons": reasons, "warnings": self.doubts()}
 
     def doubts(self) -> list[str]:
-        """What may keep a reset from succeeding although it can be served."""
+        """What may keep a reset from succeeding although it can be served, or its episode from being judged."""
         doubts = []
         if self.settings.insecure:
             doubts.append("ENVD_INSECURE: whoever reaches this address can use the desktops")
@@ -432,6 +432,8 @@ class Service:
             doubts.append(
                 f"the last {count} failed, {time.time() - at:.0f} s ago with {code}; /v1/jobs?state=failed tells why"
             )
+        if self.evaluators.missing:
+            doubts.append(f"episodes cannot be judged: {NO_EVALUATORS}")
         return doubts
 
     def refuse_when_draining(self) -> None:

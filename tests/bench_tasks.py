@@ -12,7 +12,7 @@ from bench_figures import Figures, in_ms, median_ms, percentile, rss_mb, seconds
 from daemon_process import DaemonProcess, descendants
 
 from envd import Client
-from envd.models import Verdict
+from envd.models import Verdict, VerdictStatus
 
 COMMAND = ["echo", "1"]
 EVALUATED = {
@@ -45,7 +45,7 @@ async def measure_evaluations(figures: Figures, provider: str, served: DaemonPro
     """A daemon that has not evaluated yet judges its first episode, then `count` more, one after another."""
     async with Client(served.url) as client, aiohttp.ClientSession() as session:
         first, cold = await _episode(client, 0)
-        if first.code == "not_evaluable":
+        if first.status is VerdictStatus.NOT_EVALUABLE:
             words = f"{provider}: evaluations were not measured. {first.detail} {first.hint}"
             figures.note(f"{provider}_evaluation", words)
             return

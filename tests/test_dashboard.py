@@ -261,7 +261,8 @@ async def test_the_stream_s_snapshot_tells_what_a_page_needs() -> None:
             first = json.loads((await reader.next()).data)
         assert {"queue", "envs", "jobs", "daemon", "stats", "host", "ended", "verdicts", "news", "lines"} == set(first)
         assert first["daemon"]["provider"] == "sim"
-        assert first["stats"]["readiness"] == {"ready": True, "reasons": [], "warnings": []}
+        assert first["stats"]["readiness"] == served.service.readiness()
+        assert first["stats"]["readiness"]["ready"] is True
         assert [(job["state"], job["reset_path"]) for job in first["ended"] if job["kind"] == "reset"] == [
             ("succeeded", "cold")
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import os
+import re
 import signal
 import sys
 import tarfile
@@ -165,8 +166,114 @@ async def test_without_evaluators_the_verdict_says_how_to_get_them(tmp_path: Pat
     async with without_evaluators(tmp_path) as served:
         await plays(served, command())
         verdict = await served.evaluate()
-        assert no_number(verdict) == ("not_evaluable", "not_evaluable", "task")
+        assert no_number(verdict) == ("not_evaluable", "evaluators_missing", "infra")
         assert "make evaluators" in verdict["hint"]
+        status, problem = await served.post("/env/evaluate", {"slot_id": 0})
+        assert (status, problem["code"], problem["fault"]) == (500, "evaluators_missing", "infra")
+
+
+@pytest.mark.parametrize(
+    ("evaluator", "warned"),
+    [
+        pytest.param(command(), True, id="an evaluator"),
+        pytest.param(INFEASIBLE, False, id="an infeasible task"),
+        pytest.param(None, False, id="no evaluator"),
+    ],
+)
+async def test_without_evaluators_a_reset_warns_and_succeeds(
+    tmp_path: Path, evaluator: Task | None, warned: bool
+) -> None:
+    async with without_evaluators(tmp_path) as served:
+        job = await served.reset(task={"id": "t", **({"evaluator": evaluator} if evaluator else {})})
+        assert job["state"] == "succeeded"
+        said = [words for words in job["warnings"] if "the episode cannot be judged" in words]
+        assert len(said) == warned
+        assert all("make evaluators" in words for words in said)
+
+
+async def test_readyz_says_that_episodes_cannot_be_judged_until_they_can(tmp_path: Path) -> None:
+    async with without_evaluators(tmp_path) as served:
+        status, said = await served.get("/readyz")
+        assert (status, said["ready"], len(said["warnings"])) == (200, True, 1)
+        assert re.match("episodes cannot be judged: .*`make evaluators`", said["warnings"][0])
+        (tmp_path / "python").touch(0o700)
+        assert (await served.get("/readyz"))[1]["warnings"] == []
+
+
+@pytest.mark.parametrize("path", ["/v1/envs/0/evaluate", "/env/evaluate"])
+@pytest.mark.parametrize("evaluator", [pytest.param(None, id="no evaluator"), pytest.param(command(), id="none here")])
+async def test_every_verdict_ends_the_episode_and_frees_its_env(
+    tmp_path: Path, evaluator: Task | None, path: str
+) -> None:
+    async with without_evaluators(tmp_path) as served:
+        await plays(served, evaluator)
+        body = {"slot_id": 0} if path == "/env/evaluate" else None
+        status, first = await served.post(path, body)
+        assert (status, first["code"]) == (
+            200 if body is None else 500,
+            "evaluators_missing" if evaluator else "not_evaluable",
+        )
+        episode = served.service.env(0).episode
+        assert episode is not None
+        assert (episode.done, episode.end_reason) == (True, "evaluated")
+        status, refused = await served.post("/v1/envs/0/step", {"prediction": CLICK})
+        assert (status, refused["code"], refused["end_reason"]) == (409, "episode_over", "evaluated")
+        _, again = await served.post(path, body)
+        told = [answer.get("verdict", answer)["evaluated_at"] for answer in (first, again)]
+        assert told == [(await served.evaluate())["evaluated_at"]] * 2
+        status, lease = await served.post("/v1/leases", {"owner": "ann"})
+        assert (status, lease["envs"]) == (201, [0])
+
+
+async def stepping(served: Served, seconds: float) -> asyncio.Task[tuple[int, Any]]:
+    """A step that has begun, and takes so long."""
+    body = {"actions": ["pyautogui.moveTo(5, 5)"], "pause_s": seconds}
+    step = asyncio.create_task(served.post("/v1/envs/0/step", body))
+    await eventually(lambda: calls(served.desktop(), "/execute") > 0)
+    return step
+
+
+async def test_a_verdict_without_an_evaluator_waits_for_the_step_that_runs() -> None:
+    async with serving() as served:
+        await plays(served, None)
+        step = await stepping(served, 0.3)
+        verdict = await served.evaluate()
+        status, result = await step
+        assert (status, result["done"]) == (200, False)
+        assert (verdict["provenance"]["steps"], verdict["provenance"]["end_reason"]) == (1, "evaluated")
+
+
+async def test_a_verdict_that_waited_for_a_step_for_too_long_ends_the_episode_too() -> None:
+    async with serving(evaluation_timeout=0.2) as served:
+        await plays(served, INFEASIBLE)
+        step = await stepping(served, 0.8)
+        assert no_number(await served.evaluate()) == ("expired", "evaluation_expired", "infra")
+        status, result = await step
+        assert (status, result["done"], result["end_reason"]) == (200, True, "evaluated")
+        episode = served.service.env(0).episode
+        assert episode is not None
+        assert (episode.done, episode.end_reason) == (True, "evaluated")
+
+
+@pytest.mark.parametrize(
+    ("said", "words"),
+    [
+        pytest.param(DONE, "ended: done, and it has its verdict", id="ended before"),
+        pytest.param(CLICK, "ended: evaluated", id="ended by it"),
+    ],
+)
+async def test_a_step_after_the_verdict_is_not_told_to_evaluate(said: str, words: str) -> None:
+    async with serving() as served:
+        await plays(served, INFEASIBLE)
+        await served.post("/v1/envs/0/step", {"prediction": said})
+        if said is DONE:
+            _, before = await served.post("/v1/envs/0/step", {"actions": ["WAIT"]})
+            assert before["hint"] == "Evaluate it or reset the env."
+        await served.evaluate()
+        _, after = await served.post("/v1/envs/0/step", {"actions": ["WAIT"]})
+        assert words in after["detail"]
+        assert "Evaluate it" not in after["hint"]
+        assert after["hint"].startswith("Reset the env")
 
 
 @pytest.mark.parametrize(

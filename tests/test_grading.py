@@ -19,7 +19,7 @@ import pytest
 import pytest_asyncio
 from grading_desktop import FakeGuest, Handler, command, fake_guest, number, rule, vm_file
 
-from envd.errors import AssetUnavailable, EvaluationExpired, EvaluatorError, GuestMisbehaved, NotEvaluable
+from envd.errors import AssetUnavailable, EvaluationExpired, EvaluatorError, EvaluatorsMissing, GuestMisbehaved
 from envd.settings import Settings, load
 from envd.tasks import grading_sandbox
 from envd.tasks.grading import GradeReport, GradeRequest, Graders, find_interpreter
@@ -155,7 +155,7 @@ async def test_a_library_that_is_not_there_fails_its_metric_by_name(graders: Gra
     assert kind_of(report) == "missing_library"
     assert report.failure is not None
     error = report.failure.error()
-    assert isinstance(error, NotEvaluable)
+    assert isinstance(error, EvaluatorsMissing)
     assert re.search(r"easyocr.*pip install 'easyocr'", str(error))
 
 

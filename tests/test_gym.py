@@ -445,6 +445,16 @@ def test_a_vector_has_all_its_envs_or_none(url: str) -> None:
         assert held(url) == ["ann"]
 
 
+def test_a_vector_that_waits_says_for_what(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("envd.gym.holding.NOTICE", 0.3)
+    with (
+        vector(3, url, owner="ann"),
+        pytest.warns(UserWarning, match=r"2 envs are waited for, number 1 in line: env \d is leased to ann; .*wait_s"),
+        pytest.raises(LeaseUnavailable, match=r"2 envs were not free.* within 1 s: env \d is leased to ann"),
+    ):
+        DesktopVectorEnv(2, url, wait_s=1, owner="bob")
+
+
 def test_gymnasiums_own_vector_shares_a_lease(url: str) -> None:
     with DesktopLease(2, url, wait_s=20, owner="ann") as lease:
         assert deepcopy(lease) is lease

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from typing import Any
@@ -175,13 +176,53 @@ async def test_who_stops_waiting_leaves_the_line() -> None:
         with pytest.raises(LeaseUnavailable, match="1 envs were not free") as given_up:
             async with client.lease(wait_s=0.1):
                 raise AssertionError("there is no second env")
-        assert given_up.value.facts == {"position": 1}
+        assert given_up.value.facts["position"] == 1
+        assert "env 0 is leased to" in given_up.value.detail
         waiting = asyncio.create_task(client.lease().__aenter__())
         await eventually(lambda: served.service.leases._attended.total() == 1)  # it knows its lease, and asks about it
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
         assert len(served.service.leases.all()) == 1
+
+
+async def test_who_cannot_have_a_lease_is_told_what_takes_each_env_and_what_frees_it() -> None:
+    async with serving(envs=2) as served, Client(served.url) as client:
+        await served.play(1)
+        episode = served.service.env(1).episode
+        assert episode is not None
+        async with client.lease(owner="ann"):
+            seen: list[Lease] = []
+            with pytest.raises(LeaseUnavailable) as given_up:
+                async with client.lease(2, wait_s=0.1, owner="bob", on_wait=seen.append):
+                    raise AssertionError("there are not two")
+        assert re.search(
+            rf"within 0.1 s: env 0 is leased to ann; env 1 is played on without a lease for \d s \({episode.id}\): "
+            "evaluating it, or a step with DONE or FAIL, ends that and frees the env",
+            given_up.value.detail,
+        )
+        _, taken = given_up.value.facts["waits_for"]
+        assert (taken["env"], taken["by"], taken["since"]) == (1, "episode", episode.started_at)
+        assert seen
+        assert [one.by for one in seen[0].waits_for] == ["lease", "episode"]
+
+
+@pytest.mark.parametrize("said", ["DONE", "FAIL", "evaluate"])
+async def test_what_is_said_to_free_an_env_frees_it(said: str) -> None:
+    async with serving() as served, Client(served.url) as client:
+        await served.play()
+
+        async def had() -> list[int]:
+            async with client.lease(wait_s=20) as envs:
+                return [env.number for env in envs]
+
+        waiting = asyncio.create_task(had())
+        await eventually(lambda: served.service.leases._attended.total() == 1)
+        if said == "evaluate":
+            await served.evaluate()
+        else:
+            await served.post("/v1/envs/0/step", {"actions": [said]})
+        assert await waiting == [0]
 
 
 async def test_more_envs_than_there_are_cannot_be_waited_for() -> None:

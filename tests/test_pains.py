@@ -525,9 +525,9 @@ async def test_obs_2_a_boot_that_succeeds_ends_the_doubt(tmp_path: Path) -> None
     behaviours = '[Behaviour(dies_after_s=0.1, dies_when="booting"), Behaviour()]'
     async with serving(tmp_path, prelude=faulty(behaviours)) as (client, _):
         await failed_job(client, task=TASK)
-        assert len((await client.ready()).warnings) == 1
+        assert "the last boot failed" in str((await client.ready()).warnings)
         await client.reset(TASK)
-        assert (await client.ready()).warnings == ()
+        assert "failed" not in str((await client.ready()).warnings)
 
 
 async def test_obs_2_a_server_that_takes_no_work_is_not_ready_and_says_why(tmp_path: Path) -> None:

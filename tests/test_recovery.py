@@ -103,6 +103,23 @@ async def test_an_episode_goes_on_after_a_kill(tmp_path: Path) -> None:
         assert await get(session, f"{process.url}/v1/episodes/{job['episode_id']}/verdict") == verdict
 
 
+async def test_a_verdict_without_a_score_has_ended_the_episode_also_after_a_restart(tmp_path: Path) -> None:
+    state = tmp_path / "state"
+    async with life(state) as (process, session):
+        url = f"{process.url}/v1/envs/0"
+        job = await post(session, f"{url}/reset", {"task": {"id": "t-2"}}, 202)
+        assert (await ended_job(session, process.url, job["id"]))["state"] == "succeeded"
+        verdict = await post(session, f"{url}/evaluate", {})
+        assert (verdict["status"], verdict["provenance"]["end_reason"]) == ("not_evaluable", "evaluated")
+    async with life(state) as (process, session):
+        url = f"{process.url}/v1/envs/0"
+        assert (await get(session, url))["episode"]["end_reason"] == "evaluated"
+        refused = await post(session, f"{url}/step", write("more"), 409)
+        assert (refused["code"], refused["end_reason"]) == ("episode_over", "evaluated")
+        assert await post(session, f"{url}/evaluate", {}) == verdict
+        assert (await post(session, f"{process.url}/v1/leases", {}, 201))["envs"] == [0]
+
+
 async def test_a_step_is_answered_again_and_not_done_again(tmp_path: Path) -> None:
     state = tmp_path / "state"
     async with life(state) as (process, session):

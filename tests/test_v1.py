@@ -12,7 +12,9 @@ import pytest
 from serving import CLICK, DONE, SCREEN, Served, eventually, raw_connection, serving
 
 from envd.drivers.sim import Behaviour
+from envd.evaluations import NO_EVALUATORS
 from envd.settings import VARIABLES
+from envd.tasks.grading import find_interpreter
 
 FOR_EVER = Behaviour(boot_s=3600)
 CLICKED = "pyautogui.click(10, 20)"
@@ -560,7 +562,9 @@ async def test_envs_are_independent() -> None:
 async def test_livez_readyz_and_version() -> None:
     async with serving() as served:
         assert await served.get("/livez") == (200, {"live": True})
-        assert await served.get("/readyz") == (200, {"ready": True, "reasons": [], "warnings": []})
+        there = await asyncio.to_thread(find_interpreter, served.settings)
+        warnings = [] if there else [f"episodes cannot be judged: {NO_EVALUATORS}"]
+        assert await served.get("/readyz") == (200, {"ready": True, "reasons": [], "warnings": warnings})
         _, version = await served.get("/version")
         assert (version["provider"], version["daemon_id"]) == ("sim", "test01")
         assert version["epoch"] == served.service.events.epoch
@@ -570,7 +574,7 @@ async def test_livez_readyz_and_version() -> None:
         await served.service.drain()
         assert (await served.get("/livez"))[0] == 200
         assert await served.get("/readyz") == (
-            *(503, {"ready": False, "reasons": ["the daemon is shutting down"], "warnings": []}),
+            *(503, {"ready": False, "reasons": ["the daemon is shutting down"], "warnings": warnings}),
         )
 
 

@@ -29,11 +29,11 @@ async def leases(request: Request) -> Response:
 
 
 def _list(request: Request) -> Response:
-    caller = caller_of(request.scope)
+    caller, leases = caller_of(request.scope), service_of(request).leases
     oversees = caller.how == "token" and caller.scope >= Scope.ADMIN
     shown = [
         lease if oversees or lease.owner == caller.name else lease.model_copy(update={"id": lease.short_id})
-        for lease in service_of(request).leases.all()
+        for lease in map(leases.told, leases.all())
     ]
     return JSONResponse({"leases": [lease.model_dump(mode="json") for lease in shown]}, headers=_NOT_KEPT)
 
@@ -65,6 +65,7 @@ async def _ask(request: Request) -> Response:
                 # Its id was told to nobody, so nobody could use it.
                 service.leases.release(lease.id)
             raise
+    lease = service.leases.told(lease)
     return lease_json(lease, 201 if lease.state is LeaseState.HELD else 202, {"Location": lease.links["self"]})
 
 
@@ -96,13 +97,14 @@ async def lease(request: Request) -> Response:
             service.refuse_when_draining()
     found = await service.leases.changed(lease_id, after, 0)
     await service.store.settle()
-    return lease_json(found)
+    return lease_json(service.leases.told(found))
 
 
 async def renew(request: Request) -> Response:
     """Have the lease last for its ttl from now: a heartbeat of a holder who does not use it just now, or who waits."""
     await read_json(request)
-    return lease_json(service_of(request).leases.renew(request.path_params["lease"]))
+    leases = service_of(request).leases
+    return lease_json(leases.told(leases.renew(request.path_params["lease"])))
 
 
 def lease_json(lease: Lease, status: int = 200, headers: dict[str, str] | None = None) -> Response:

@@ -227,8 +227,11 @@ async def link(request: Request) -> Response:
 
 
 async def readyz(request: Request) -> Response:
-    """Whether a reset can be served now, and if not why; with what makes it doubtful, such as boots that failed."""
-    said = service_of(request).readiness()
+    """Whether a reset can be served now, and if not why; with what makes it doubtful, such as boots that failed.
+    That there are no evaluators here is among those too."""
+    service = service_of(request)
+    await service.evaluators.look()
+    said = service.readiness()
     return JSONResponse(said, 200 if said["ready"] else 503)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import AbstractAsyncContextManager, aclosing
 from pathlib import Path
 from typing import Any, Self, TypedDict, TypeVar, Unpack
@@ -122,19 +122,21 @@ class Client:
         ttl_s: float = TTL,
         wait_s: float | None = None,
         owner: str | None = None,
+        on_wait: Callable[[Lease], None] = lambda lease: None,
     ) -> AbstractAsyncContextManager[list[EnvHandle]]:
         """`async with client.lease(4) as envs:` has `count` envs for itself, all or none, for as long as the block
         lasts; their handles play under the lease, which is renewed meanwhile and released at the end. Then their
         episodes end and their desktops are gone.
 
-        ttl_s   how long the envs are kept from others when this process dies
-        wait_s  how long to wait for so many envs at once; None waits as long as it takes
-        owner   for whom, where no token says that: owners are served in turns
+        ttl_s    how long the envs are kept from others when this process dies
+        wait_s   how long to wait for so many envs at once; None waits as long as it takes
+        owner    for whom, where no token says that: owners are served in turns
+        on_wait  told of the lease each time it is found waiting; its `waits_for` names the envs that are taken
 
-        Raises LeaseUnavailable when `wait_s` is over. When the lease is lost the block is cancelled, and LeaseOver
-        raised in its place.
+        Raises LeaseUnavailable, which names the envs that are taken, when `wait_s` is over. When the lease is lost the
+        block is cancelled, and LeaseOver raised in its place.
         """
-        return held(self, count, ttl_s=ttl_s, wait_s=wait_s, owner=owner)
+        return held(self, count, ttl_s=ttl_s, wait_s=wait_s, owner=owner, on_wait=on_wait)
 
     def under(self, lease_id: str) -> Client:
         """This client, saying with everything it asks that it does so under a lease which somebody else holds. Its

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +34,13 @@ GIVE_BACK = 10.0
 
 @asynccontextmanager
 async def held(
-    client: Client, count: int, *, ttl_s: float, wait_s: float | None, owner: str | None
+    client: Client,
+    count: int,
+    *,
+    ttl_s: float,
+    wait_s: float | None,
+    owner: str | None,
+    on_wait: Callable[[Lease], None] = lambda lease: None,
 ) -> AsyncIterator[list[EnvHandle]]:
     """See `Client.lease`. Who is cancelled before the server's first answer does not know what to release: that
     expires."""
@@ -43,7 +49,7 @@ async def held(
     failure: Exception | None = None
     lost: list[LeaseOver] = []
     try:
-        lease = await _granted(http, lease, wait_s)
+        lease = await _granted(http, lease, wait_s, on_wait)
         async with anyio.create_task_group() as both:
 
             async def hold() -> None:
@@ -79,15 +85,17 @@ async def _ask(http: Transport, body: dict[str, Any], wait_s: float | None) -> L
     )
 
 
-async def _granted(http: Transport, lease: Lease, wait_s: float | None) -> Lease:
+async def _granted(http: Transport, lease: Lease, wait_s: float | None, on_wait: Callable[[Lease], None]) -> Lease:
     """The lease once it is held. Raises LeaseUnavailable when `wait_s` is over, LeaseOver when it ended meanwhile."""
     deadline = Deadline.after(wait_s)
     while lease.state is LeaseState.WAITING:
+        on_wait(lease)
         if deadline.left <= 0:
             raise LeaseUnavailable(
-                f"{lease.count} envs were not free at once within {wait_s:g} s.",
+                f"{lease.count} envs were not free at once within {wait_s:g} s{told_of(lease)}.",
                 hint=f"The lease was number {lease.position} in line. Wait longer, or ask for fewer.",
                 position=lease.position,
+                waits_for=[taken.model_dump(mode="json") for taken in lease.waits_for],
             )
         # While the server is away this waits, as every call does; a lease outlives a restart.
         wait = min(POLL, deadline.left, lease.ttl_s / 2)
@@ -103,6 +111,12 @@ async def _granted(http: Transport, lease: Lease, wait_s: float | None) -> Lease
     if lease.state is LeaseState.ENDED:
         raise LeaseOver(f"The lease was {lease.end_reason} while it waited.", end_reason=lease.end_reason)
     return lease
+
+
+def told_of(lease: Lease) -> str:
+    """What a lease waits for, to end a sentence with; "" where the server says nothing of it."""
+    words = "; ".join(f"env {taken.env} is {taken.detail}" for taken in lease.waits_for)
+    return f": {words}" if words else ""
 
 
 async def _renewed_until_lost(http: Transport, lease: Lease) -> LeaseOver:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Coroutine
-from concurrent.futures import CancelledError, Future
+from concurrent.futures import CancelledError, Future, wait
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 import anyio
 from anyio.from_thread import BlockingPortal, start_blocking_portal
+from gymnasium import logger
 from gymnasium.error import ClosedEnvironmentError
 
 from ..client import Client, EnvHandle
-from ..client.lease import TTL
+from ..client.lease import TTL, told_of
 from ..errors import EnvdError, RequestError, SettingsError
+from ..models import Lease
 
 T = TypeVar("T")
+NOTICE = 5.0
+"""Seconds of waiting for a lease after which a warning says what it waits for."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class DesktopLease:
     url       default: the environment's ENVD_URL, else http://127.0.0.1:15001
     token     default: the environment's ENVD_TOKEN
     owner     for whom, where no token says that: owners are served in turns
-    wait_s    how long to wait for so many envs at once; None waits as long as it takes
+    wait_s    how long to wait for so many envs at once; None waits as long as it takes, and warns of it after 5 s
     ttl_s     how long the envs are kept from others when this process dies
     patience  seconds during which a server that stopped answering is tried again
 
@@ -161,6 +165,7 @@ class _Held:
         self.envs: list[EnvHandle] = []
         self._portal = portal
         self._granted: Future[None] = Future()
+        self._waits: Lease | None = None
         self._over = portal.call(anyio.Event)
         self._task = portal.start_task_soon(self._hold, client, asked)
 
@@ -171,6 +176,10 @@ class _Held:
     def wait(self) -> None:
         """Return once it is held. Raises why it cannot be."""
         try:
+            wait([self._granted], NOTICE)
+            if not self._granted.done() and (lease := self._waits) is not None:
+                words = f"{lease.count} envs are waited for, number {lease.position} in line{told_of(lease)}"
+                logger.warn("%s. wait_s limits the wait.", words)
             self._granted.result()
         except BaseException:
             self._task.cancel()  # matters when the wait was interrupted
@@ -182,10 +191,13 @@ class _Held:
         with suppress(EnvdError, CancelledError):
             self._task.result()
 
+    def _told(self, lease: Lease) -> None:
+        self._waits = lease
+
     async def _hold(self, client: Client, asked: _Asked) -> None:
         try:
             async with client.lease(
-                asked.count, ttl_s=asked.ttl_s, wait_s=asked.wait_s, owner=asked.owner
+                asked.count, ttl_s=asked.ttl_s, wait_s=asked.wait_s, owner=asked.owner, on_wait=self._told
             ) as self.envs:
                 self._granted.set_result(None)
                 await self._over.wait()

@@ -63,11 +63,16 @@ class Grade:
 class Evaluators:
     """Evaluators that are ready, or can be made so."""
 
-    def __init__(self, graders: Graders, assets: Assets, *, ocr: bool) -> None:
+    def __init__(
+        self, graders: Graders, assets: Assets, *, ocr: bool, settings: Settings, missing: bool = False
+    ) -> None:
         self.graders = graders
         self.assets = assets
         self.ocr = ocr
         """Whether text in pictures can be read."""
+        self.missing = missing
+        """Whether there were none when they were last looked for."""
+        self._settings = settings
 
     @classmethod
     @asynccontextmanager
@@ -81,7 +86,12 @@ class Evaluators:
             elif python is None:
                 logger.warning("no evaluators: episodes can be played but not judged", hint="Run: make evaluators.")
             ocr = python is not None and await run_sync(has_ocr, python)
-            yield cls(graders, assets, ocr=ocr)
+            yield cls(graders, assets, ocr=ocr, settings=settings, missing=python is None)
+
+    async def look(self) -> bool:
+        """Look whether there are any: they may be made, or go, while the daemon runs."""
+        self.missing = await run_sync(find_interpreter, self._settings) is None
+        return not self.missing
 
     async def warm(self) -> None:
         """Have the evaluators imported, if there are any; whoever needs them is told when there are none."""

@@ -34,8 +34,8 @@ from ..errors import (
     EvaluationExpired,
     EvaluationInvalid,
     EvaluatorError,
+    EvaluatorsMissing,
     GuestMisbehaved,
-    NotEvaluable,
 )
 from ..guest.client import parse_json
 from ..models import MetricRecord
@@ -107,7 +107,7 @@ class GradeFailure(BaseModel):
             return GuestMisbehaved(self.message, hint=self.hint)
         cls: dict[Kind, type[EnvdError]] = {
             "task": EvaluationInvalid,
-            "missing_library": NotEvaluable,
+            "missing_library": EvaluatorsMissing,
             "timeout": EvaluationExpired,
         }
         raised = cls.get(self.kind, EvaluatorError)
@@ -191,8 +191,8 @@ class Graders:
                 await graders._end()
 
     async def warm(self) -> _Zygote:
-        """Start the evaluator process unless it runs, and wait until it has imported everything. Raises NotEvaluable
-        when there is no interpreter, EvaluatorError when it does not start."""
+        """Start the evaluator process unless it runs, and wait until it has imported everything. Raises
+        EvaluatorsMissing when there is no interpreter, EvaluatorError when it does not start."""
         async with self._starting:
             if self._zygote is None or self._zygote.ended:
                 await self._end()
@@ -223,7 +223,7 @@ class Graders:
                 zygote = await self.warm()
         except TimeoutError:
             return _failed("timeout", f"The evaluator process was not ready within {deadline_s:g} s.")
-        except NotEvaluable as error:
+        except EvaluatorsMissing as error:
             return _failed("missing_library", error.detail, error.hint)
         except EvaluatorError as error:
             return _failed("evaluator", error.detail, error.hint)
@@ -249,7 +249,7 @@ class Graders:
     async def _start(self) -> _Zygote:
         python = await to_thread.run_sync(find_interpreter, self._settings)
         if python is None:
-            raise NotEvaluable(
+            raise EvaluatorsMissing(
                 f"There is no interpreter with the evaluators ({self._settings.evaluators or '.venv-evaluators'}).",
                 hint="Run: make evaluators. Or set ENVD_EVALUATORS to a Python that has desktop-env.",
             )
