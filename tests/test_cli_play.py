@@ -262,3 +262,10 @@ def test_a_server_that_is_not_there_offers_nothing_and_holds_nobody_up(tmp_path:
     assert "serve" in offered(tmp_path, "envd s")
     start = time.monotonic() - began
     assert took - start < SECONDS + 1.0
+
+
+async def test_in_a_folder_that_says_the_port_clients_and_doctor_talk_to_it(tmp_path: Path) -> None:
+    async with daemon(tmp_path / "state", env=QUICK) as (process, _):
+        (tmp_path / ".env").write_text(f"ENVD_PORT={process.url.rpartition(':')[2]}\n")
+        assert len((await document(tmp_path, "ls"))["envs"]) == 2
+        assert (await document(tmp_path, "doctor", "--full"))["ok"]

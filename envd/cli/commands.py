@@ -87,7 +87,8 @@ def doctor(
 ) -> None:
     """Say what is in the way of desktops, and what puts it right.
 
-    Without --url this host is looked at, whether or not a daemon runs. With --full alone the server is ENVD_URL.
+    Without --url this host is looked at, whether or not a daemon runs. With --full alone the server is ENVD_URL, else
+    that of ENVD_HOST and ENVD_PORT.
 
     \b
     Examples:
@@ -146,8 +147,8 @@ def serve(
 ) -> None:
     """Run the daemon until it is told to stop.
 
-    Settings come from the environment and from .env in this folder; the README has the table. What it does goes to
-    stderr, a line for each event.
+    Settings come from the environment and from .env in this folder; /docs/settings of a daemon has all of them. What it
+    does goes to stderr, a line for each event.
 
     \b
     Examples:

@@ -333,7 +333,7 @@ def merged(text: str, said: Mapping[str, str]) -> str:
             says_it = dotenv_values(stream=io.StringIO(line), interpolate=False).get(name) == value
             lines.append(line if says_it else f"{name}={value}")
     if left and not text:
-        lines.append("# Written by `envd init`; the README has every setting. The environment wins over this file.")
+        lines.append("# Written by `envd init`; /docs/settings has every setting. The environment wins over this file.")
     lines += [f"{name}={value}" for name, value in left.items()]
     return "\n".join(lines) + "\n"
 

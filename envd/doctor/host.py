@@ -39,7 +39,7 @@ def _load(environ: Mapping[str, str]) -> tuple[Settings, list[Finding]]:
         return load(environ), []
     except SettingsError as error:
         detail = f"{error.detail} The rest is looked at as by default"
-        fix = error.hint or "put it right in the environment or .env; README has the table"
+        fix = error.hint or "put it right in the environment or .env; /docs/settings has all of them"
         kept = {name: environ[name] for name in ("HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME") if name in environ}
         return load(kept, None), [Finding("settings", "failed", detail, fix)]
 

@@ -23,7 +23,7 @@ from ..errors import SettingsError
 from ..findings import Finding
 from ..journal import ROOM
 from ..network import Holder, command_of, holder_of, urls
-from ..settings import KNOWN_PROVIDERS, VARIABLES, Settings, effective
+from ..settings import KNOWN_PROVIDERS, VARIABLES, Settings, effective, own_url
 from ..vm.disks import GIB, in_words
 from .remote import readiness, server_at
 from .wire import ask, opened
@@ -67,12 +67,7 @@ async def find_daemon(settings: Settings, holder: Holder | None) -> Daemon | Non
     """The envd that listens where these settings would have one listen."""
     if not settings.port:
         return None
-    host = settings.host
-    if host in ("0.0.0.0", "", "localhost"):
-        host = "127.0.0.1"
-    elif host == "::":
-        host = "::1"
-    where = f"[{host}]:{settings.port}" if ":" in host else f"{host}:{settings.port}"
+    where = own_url({"host": settings.host, "port": settings.port}).removeprefix("http://")
     for scheme in ("https", "http") if settings.tls_cert else ("http", "https"):
         url = f"{scheme}://{where}"
         try:
