@@ -11,7 +11,7 @@ from .. import __version__
 from . import completion
 from .aws import app as aws
 from .aws import gc as aws_gc
-from .common import EnvNumber, JobId, Json, Lease, Url, agreed, ask, fail, talk, told
+from .common import WRONG, EnvNumber, JobId, Json, Lease, Url, agreed, ask, fail, talk, told
 from .groups import images, tasks, templates
 from .sections import Sections
 
@@ -31,6 +31,21 @@ app.add_typer(tasks, name="tasks")
 app.add_typer(images, name="images")
 app.add_typer(templates, name="templates")
 app.add_typer(aws, name="aws")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _every(
+    told_version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:
@@ -263,11 +278,14 @@ def logs(
 
     Exit codes: 0 it was told, 1 the server was not reached or refused.
     """
-    from ..client.logs import Which
-    from .logs import logs as show
-    from .logs import moment
+    with told():
+        from ..client.logs import Which
+        from .logs import logs as show
+        from .logs import moment
 
-    which = Which(env=env, job=job, episode=episode, level=level, since=moment(since), limit=limit)
+    with told(code=WRONG):
+        since_s = moment(since)
+    which = Which(env=env, job=job, episode=episode, level=level, since=since_s, limit=limit)
     ask(url, lambda client: show(client, which, follow=follow, as_json=as_json))
 
 
@@ -482,6 +500,7 @@ def bundle(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The file, or a folder; default EPISODE.tar here.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over the file that -o names.")] = False,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
@@ -496,11 +515,11 @@ def bundle(
       envd bundle ep-0123456789abcdef -o evidence/
       envd rescore ep-0123456789abcdef.tar
 
-    Exit codes: 0 saved, 1 there is no such episode, or the file cannot be written.
+    Exit codes: 0 saved, 1 there is no such episode, or the file is there already or cannot be written.
     """
     from .play import bundle as save
 
-    ask(url, lambda client: save(client, episode, output, as_json=as_json))
+    ask(url, lambda client: save(client, episode, output, force=force, as_json=as_json))
 
 
 @app.command()
@@ -547,7 +566,8 @@ def cancel(
       envd cancel job-0123456789ab
       envd ls --json | jq -r '.envs[].waiting_job_id // empty' | xargs -n1 envd cancel
 
-    Exit codes: 0 it is cancelled, or about to be; 1 it had ended in another way before, or there is no such job.
+    Exit codes: 0 it is cancelled, is about to be, or had ended before; 1 it ended in another way meanwhile, or there is
+    no such job.
     """
     from .ending import cancel as end
 

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 NO_SCORE = 3
 """Exit code of what worked and has no score, or did something else than was asked for."""
+WRONG = 2
+"""Exit code of a command line that is wrong."""
 ENDED = 143
 """Exit code after SIGTERM, as a shell tells it."""
 
@@ -115,14 +117,14 @@ def talk(work: Coroutine[Any, Any, int]) -> int:
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def told(code: int = 1) -> Iterator[None]:
     """Errors of what is imported, loaded or done where there is no loop."""
     from ..errors import EnvdError
 
     try:
         yield
     except EnvdError as error:
-        fail(error.detail, error.hint, 1)
+        fail(error.detail, error.hint, code)
 
 
 def fail(detail: str, hint: str, code: int) -> NoReturn:
