@@ -80,7 +80,8 @@ async def _supervise(service: Service, listener: socket.socket) -> None:
     try:
         if await _first(started, stop, halves) is started:
             halves.append(_serve_http(service, listener, closing))
-            manager.tell(READY="1", STATUS=f"serving {len(service.envs)} envs on port {port}")
+            count = len(service.envs)
+            manager.tell(READY="1", STATUS=f"serving {count} env{'s' * (count != 1)} on port {port}")
             await _first(stop, stop, halves)
         logger.info("shutting down")
         left = max(0.0, (service.drain_until or time.monotonic()) - time.monotonic()) or service.settings.drain_limit

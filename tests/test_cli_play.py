@@ -65,7 +65,8 @@ async def test_an_episode_is_played_by_hand_with_the_server_and_token_of_the_env
         assert await document(tmp_path, "ls") == {"envs": (await wire(session, process, "/v1/envs"))["envs"]}
         table = (await run(tmp_path, "ls")).stdout
         assert "give-up" in table
-        assert "0/9" in table
+        assert "playing" in table
+        assert "0 of 9 actions, step 0" in table
 
         stepped = await run(tmp_path, "step", "1", "pyautogui.click(3, 4)", "FAIL", "-s", "after.png")
         assert stepped.returncode == 0
@@ -82,6 +83,14 @@ async def test_an_episode_is_played_by_hand_with_the_server_and_token_of_the_env
         with tarfile.open(tmp_path / saved["file"]) as archive:
             assert any(name.endswith("verdict.json") for name in archive.getnames())
         assert await document(tmp_path, "ls", "--episodes") == {"episodes": [saved["episode_id"]]}
+        _, line = (await run(tmp_path, "ls")).stdout.splitlines()[1:3]
+        assert line.split()[:3] == ["1", "over", "give-up"]
+        assert "2 of 9 actions, step 1, fail; score 1" in line
+        names, line = (await run(tmp_path, "ls", "--episodes")).stdout.splitlines()
+        assert names.split() == ["episode", "env", "task", "began", "played", "verdict"]
+        assert line.split()[:3] == [saved["episode_id"], "1", "give-up"]
+        assert "1 step, fail" in line
+        assert line.endswith("score 1")
         jobs = await document(tmp_path, "ls", "--jobs")
         assert [(job["env"], job["state"]) for job in jobs["jobs"]] == [(1, "succeeded")]
 
@@ -308,6 +317,20 @@ async def test_the_log_of_an_env_that_is_none_is_not_empty_but_an_error(tmp_path
         assert (ran.returncode, ran.stdout) == (1, "")
         assert "9" in ran.stderr
         assert len(ran.stderr.splitlines()) == 2
+
+
+async def test_episodes_that_were_not_judged_or_have_no_score_say_so_and_the_newest_come_first(tmp_path: Path) -> None:
+    async with daemon(tmp_path / "state", env=QUICK) as (process, _):
+        at = {"ENVD_URL": process.url}
+        for _ in range(2):
+            assert (await run(tmp_path, "reset", "0", **at)).returncode == 0
+        assert (await run(tmp_path, "evaluate", "0", **at)).returncode == 3
+        _, newest, older = (await run(tmp_path, "ls", "--episodes", **at)).stdout.splitlines()
+        assert newest.endswith("no score: not_evaluable")
+        assert older.endswith("not judged")
+        told = (await run(tmp_path, "ls", "--episodes", "--limit", "1", **at)).stdout.splitlines()
+        assert told[1] == newest
+        assert told[-1].startswith("1 older")
 
 
 def test_a_score_comes_with_what_was_seen_and_what_was_expected(capsys: pytest.CaptureFixture[str]) -> None:

@@ -225,14 +225,20 @@ def watch(
 @app.command()
 def ls(
     jobs: Annotated[bool, typer.Option("--jobs", help="The jobs instead: active ones, and recent ones.")] = False,
-    episodes: Annotated[bool, typer.Option("--episodes", help="Ids of the episodes with evidence instead.")] = False,
+    episodes: Annotated[
+        bool, typer.Option("--episodes", help="The episodes with evidence, and verdicts, instead.")
+    ] = False,
     leases: Annotated[bool, typer.Option("--leases", help="Who has leased what, and who waits, instead.")] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="With --episodes: the newest so many; default 20.")
+    ] = None,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Show the envs of a server, its jobs or its leases.
+    """Show the envs of a server, its jobs, its episodes or its leases.
 
-    Of an env: state, task, step, desktop, who has it leased, which job runs and which waits.
+    Of an env: state, task, how far its episode is, desktop, who has it leased, which job runs and which waits. `over`
+    is an env whose episode has ended, with its verdict.
 
     \b
     Examples:
@@ -246,20 +252,26 @@ def ls(
 
     if jobs + episodes + leases > 1:
         raise typer.BadParameter("give one of --jobs, --episodes and --leases")
-    look = lists.jobs if jobs else lists.episodes if episodes else lists.leases if leases else lists.envs
+    if limit is not None and not episodes:
+        raise typer.BadParameter("--limit goes with --episodes")
+    if episodes:
+        ask(url, lambda client: lists.episodes(client, limit=limit or lists.EPISODES_SHOWN, as_json=as_json))
+    look = lists.jobs if jobs else lists.leases if leases else lists.envs
     ask(url, lambda client: look(client, as_json=as_json))
 
 
 @app.command()
 def logs(
     env: Annotated[
-        int | None, typer.Option(help="Lines about this env.", autocompletion=completion.env_numbers)
+        int | None, typer.Option(min=0, help="Lines about this env.", autocompletion=completion.env_numbers)
     ] = None,
     job: Annotated[str | None, typer.Option(help="Lines about this job.", autocompletion=completion.jobs)] = None,
     episode: Annotated[
         str | None, typer.Option(help="Lines about this episode.", autocompletion=completion.episodes)
     ] = None,
-    level: Annotated[str | None, typer.Option(help="debug, info, warning or error: no line below it.")] = None,
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"] | None, typer.Option(help="No line below it.")
+    ] = None,
     since: Annotated[str | None, typer.Option(help="No line older than that: 30s, 10m, 2h, 1d.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The newest so many; default 200.")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with the lines that come.")] = False,

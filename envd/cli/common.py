@@ -43,7 +43,9 @@ Paths = Annotated[
     typer.Argument(metavar="PATH", help="Task files, and folders that hold some.", autocompletion=completion.files),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Url = Annotated[str | None, typer.Option("--url", help="The server; default ENVD_URL, else that of ENVD_HOST and ENVD_PORT.")]
+Url = Annotated[
+    str | None, typer.Option("--url", help="The server; default ENVD_URL, else that of ENVD_HOST and ENVD_PORT.")
+]
 Lease = Annotated[
     str | None, typer.Option("--lease", metavar="ID", help="Play under this lease; default ENVD_LEASE, else none.")
 ]

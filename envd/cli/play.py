@@ -173,7 +173,7 @@ def brief(program: str) -> str:
 
 
 def shortened(value: Any) -> str:
-    """What a getter gave, in one line of at most `VALUE_SHOWN` characters: JSON, in which a text shows where it ends."""
+    """What a getter gave, in one line of at most `VALUE_SHOWN` characters, as JSON: it shows where a text ends."""
     line = clean(json.dumps(value, ensure_ascii=False))
     return line if len(line) <= VALUE_SHOWN else f"{line[: VALUE_SHOWN - 1]}…"
 

@@ -84,8 +84,9 @@ async def _granted(http: Transport, lease: Lease, wait_s: float | None) -> Lease
     deadline = Deadline.after(wait_s)
     while lease.state is LeaseState.WAITING:
         if deadline.left <= 0:
+            were = "1 env was not free" if lease.count == 1 else f"{lease.count} envs were not free at once"
             raise LeaseUnavailable(
-                f"{lease.count} envs were not free at once within {wait_s:g} s.",
+                f"{were} within {wait_s:g} s.",
                 hint=f"The lease was number {lease.position} in line. Wait longer, or ask for fewer.",
                 position=lease.position,
             )
