@@ -144,7 +144,8 @@ def demo(
       envd demo --own --provider sim     needs nothing but Python
       envd demo --pause 5                slowly, to look on in a browser
 
-    Exit codes: 0 played and scored; 3 played, and without a score, which says why; 1 it could not be played.
+    Exit codes: 0 played, and scored where evaluators are installed; 3 played, and without a score, which says why; 1 it
+    could not be played.
     """
     from ..settings import load
     from .demo import demo as play
