@@ -29,14 +29,16 @@ from urllib.parse import urlsplit
 
 import anyio
 import structlog
+from anyio.to_thread import run_sync
 from hypercorn.asyncio import serve as hypercorn_serve
 from hypercorn.config import Config
 from hypercorn.typing import ASGIFramework
 
-from . import log
+from . import __version__, last_start, log
 from .access import Access, is_loopback
 from .app import create_app
 from .errors import AddressInUse, SettingsError, StateDirLocked
+from .last_start import LastStart
 from .network import Holder, holder_of, urls
 from .service import Service, open_service
 from .settings import Settings, effective
@@ -64,7 +66,18 @@ async def serve(settings: Settings) -> None:
     allow_open_files(OPEN_FILES)
     with locked(settings.state_dir), bound(settings.host, settings.port) as listener:
         async with open_service(settings, daemon_id(settings.state_dir)) as service:
+            await run_sync(leave_word, settings, url_of(listener, "https" if settings.tls_cert else "http"))
             await _supervise(service, listener)
+
+
+def leave_word(settings: Settings, url: str) -> None:
+    """Of this start, for `envd doctor` once the daemon is gone. It is no reason not to start. Blocks."""
+    try:
+        last_start.write(
+            settings.state_dir, LastStart(settings.provider, __version__, url, os.getpid(), round(time.time(), 3))
+        )
+    except OSError as error:
+        logger.warning("who runs here could not be written down", file=last_start.FILE, error=str(error))
 
 
 async def _supervise(service: Service, listener: socket.socket) -> None:
@@ -80,7 +93,8 @@ async def _supervise(service: Service, listener: socket.socket) -> None:
     try:
         if await _first(started, stop, halves) is started:
             halves.append(_serve_http(service, listener, closing))
-            manager.tell(READY="1", STATUS=f"serving {len(service.envs)} envs on port {port}")
+            count = len(service.envs)
+            manager.tell(READY="1", STATUS=f"serving {count} env{'s' * (count != 1)} on port {port}")
             await _first(stop, stop, halves)
         logger.info("shutting down")
         left = max(0.0, (service.drain_until or time.monotonic()) - time.monotonic()) or service.settings.drain_limit

@@ -328,7 +328,7 @@ class Leases:
     def ask(self, owner: str, asked: LeaseRequest) -> Lease:
         """A new lease: held if it can be at once, else waiting. Raises InvalidRequest and QueueFull."""
         if asked.count > len(self._players):
-            message = f"there are {len(self._players)} envs, not {asked.count}"
+            message = f"the server has {len(self._players)} env{'s' * (len(self._players) != 1)}, not {asked.count}"
             raise InvalidRequest(
                 f"count: {message}.",
                 hint="Start the daemon with a larger ENVD_ENVS to serve more.",
@@ -542,7 +542,7 @@ class Leases:
     def _publish(self, lease: Lease) -> None:
         envs = ", ".join(map(str, lease.envs))
         what, message = {
-            LeaseState.WAITING: ("waiting", f"{lease.owner} waits for {lease.count} envs"),
+            LeaseState.WAITING: ("waiting", f"{lease.owner} waits for {lease.count} env{'s' * (lease.count != 1)}"),
             LeaseState.HELD: ("granted", f"leased to {lease.owner}: env {envs}"),
             LeaseState.ENDED: (str(lease.end_reason), f"the lease of {lease.owner} ended: {lease.end_reason}"),
         }[lease.state]

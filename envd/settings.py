@@ -30,6 +30,7 @@ from .errors import SettingsError
 from .models import Counts
 
 SHORTEST_SECRET = 4
+DEFAULT_PORT = 15_001
 KNOWN_PROVIDERS = ("aws", "docker", "local", "qemu", "sim")
 
 
@@ -43,6 +44,14 @@ def default_cache(environ: Mapping[str, str]) -> Path:
     """`$XDG_CACHE_HOME/envd`, else `~/.cache/envd`."""
     home = environ.get("HOME") or str(Path.home())
     return Path(environ.get("XDG_CACHE_HOME") or Path(home, ".cache")) / "envd"
+
+
+def own_url(given: Mapping[str, Any]) -> str:
+    """Where a daemon with these settings (field → value) is reached from its own host."""
+    host, port = str(given.get("host") or "127.0.0.1"), given.get("port") or DEFAULT_PORT
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    scheme = "https" if given.get("tls_cert") else "http"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def _screen(value: Any) -> Any:
@@ -92,7 +101,7 @@ class Settings(BaseSettings):
     """Who makes the desktops: aws, docker, local, qemu or sim. `make serve` sets local."""
     host: str = "127.0.0.1"
     """Address to listen on; another than loopback needs ENVD_TOKEN, ENVD_TOKEN_FILE, ENVD_ALLOW or ENVD_INSECURE."""
-    port: int = Field(default=15001, ge=0, le=65535)
+    port: int = Field(default=DEFAULT_PORT, ge=0, le=65535)
     """Port to listen on; 0 takes a free one."""
     token: SecretStr = SecretStr("")
     """Whoever sends this may do everything. Clients read the same variable."""
@@ -305,8 +314,9 @@ class Settings(BaseSettings):
     """The least that is logged."""
     log_format: Literal["auto", "json", "console"] = "auto"
     """auto: JSON unless stderr is a terminal."""
-    url: str = "http://127.0.0.1:15001"
-    """Server that the command line's client commands talk to."""
+    url: str = Field(default_factory=lambda given: own_url(given))
+    """Server that the command line's client commands talk to. Unset: the one that these settings start, by ENVD_HOST,
+    ENVD_PORT and ENVD_TLS_CERT."""
     lease: SecretStr = SecretStr("")
     """Lease that they play under."""
 
@@ -392,6 +402,8 @@ def load(environ: Mapping[str, str] | None = None, env_file: Path | None = Path(
         settings = Settings(**values, origins=origins)
     except ValidationError as error:
         for item in error.errors():
+            if item["type"] == "default_factory_not_called":  # it follows from others, which are told of
+                continue
             field = str(item["loc"][0]) if item["loc"] else ""
             name = field if field in VARIABLES else variable(field) if field in Settings.model_fields else "settings"
             source_name = origins.get(VARIABLES.get(name, ""), "settings")

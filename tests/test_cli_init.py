@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import stat
 from pathlib import Path
@@ -180,3 +181,16 @@ def test_networks_are_written_as_the_daemon_reads_them() -> None:
     assert networks(" 10.0.0.7/24, 192.168.1.5 ") == "10.0.0.0/24,192.168.1.5/32"
     with pytest.raises(SettingsError):
         networks(" , ")
+
+
+async def test_a_daemon_that_runs_already_is_told_since_the_new_one_would_be_refused(tmp_path: Path) -> None:
+    async with daemon(tmp_path / "state") as (process, _):
+        ran = await asyncio.to_thread(envd, tmp_path, "init", "--yes", "--provider", "sim", **UNSET)
+        assert ran.returncode == 0
+        assert f"(process {process.pid}), and keeps its settings" in ran.stdout
+        port = process.url.rpartition(":")[2]
+        other = {"ENVD_STATE_DIR": str(tmp_path / "other"), "ENVD_PORT": port}
+        ran = await asyncio.to_thread(envd, tmp_path, "init", "--yes", **UNSET, **other)
+        assert f"Something listens on port {port} now" in ran.stdout
+    ran = envd(tmp_path, "init", "--yes", ENVD_PORT="0", **UNSET)
+    assert "now" not in ran.stdout

@@ -18,6 +18,9 @@ from cli_process import envd, on_terminal
 from daemon_process import DaemonProcess, daemon, environment
 
 from envd.cli.completion import SECONDS
+from envd.cli.listing import PlainConsole
+from envd.cli.play import tell_verdict
+from envd.models import MetricRecord, Provenance, ResetPath, Verdict, VerdictStatus
 
 TOKEN = "t0ken-of-the-tests"
 TASK = {"id": "give-up", "instruction": "Do what cannot be done.", "config": [], "evaluator": {"func": "infeasible"}}
@@ -62,7 +65,8 @@ async def test_an_episode_is_played_by_hand_with_the_server_and_token_of_the_env
         assert await document(tmp_path, "ls") == {"envs": (await wire(session, process, "/v1/envs"))["envs"]}
         table = (await run(tmp_path, "ls")).stdout
         assert "give-up" in table
-        assert "0/9" in table
+        assert "playing" in table
+        assert "0 of 9 actions, step 0" in table
 
         stepped = await run(tmp_path, "step", "1", "pyautogui.click(3, 4)", "FAIL", "-s", "after.png")
         assert stepped.returncode == 0
@@ -79,6 +83,14 @@ async def test_an_episode_is_played_by_hand_with_the_server_and_token_of_the_env
         with tarfile.open(tmp_path / saved["file"]) as archive:
             assert any(name.endswith("verdict.json") for name in archive.getnames())
         assert await document(tmp_path, "ls", "--episodes") == {"episodes": [saved["episode_id"]]}
+        _, line = (await run(tmp_path, "ls")).stdout.splitlines()[1:3]
+        assert line.split()[:3] == ["1", "over", "give-up"]
+        assert "2 of 9 actions, step 1, fail; score 1" in line
+        names, line = (await run(tmp_path, "ls", "--episodes")).stdout.splitlines()
+        assert names.split() == ["episode", "env", "task", "began", "played", "verdict"]
+        assert line.split()[:3] == [saved["episode_id"], "1", "give-up"]
+        assert "1 step, fail" in line
+        assert line.endswith("score 1")
         jobs = await document(tmp_path, "ls", "--jobs")
         assert [(job["env"], job["state"]) for job in jobs["jobs"]] == [(1, "succeeded")]
 
@@ -262,3 +274,88 @@ def test_a_server_that_is_not_there_offers_nothing_and_holds_nobody_up(tmp_path:
     assert "serve" in offered(tmp_path, "envd s")
     start = time.monotonic() - began
     assert took - start < SECONDS + 1.0
+
+
+async def test_in_a_folder_that_says_the_port_clients_and_doctor_talk_to_it(tmp_path: Path) -> None:
+    async with daemon(tmp_path / "state", env=QUICK) as (process, _):
+        (tmp_path / ".env").write_text(f"ENVD_PORT={process.url.rpartition(':')[2]}\n")
+        assert len((await document(tmp_path, "ls"))["envs"]) == 2
+        assert (await document(tmp_path, "doctor", "--full"))["ok"]
+
+
+async def test_a_step_without_anything_to_do_says_how_one_is_given(tmp_path: Path) -> None:
+    for stdin in ("", " \n"):
+        ran = await run(tmp_path, "step", "0", stdin=stdin, ENVD_URL=NOBODY)
+        assert ran.returncode == 1
+        assert ran.stderr.startswith("There is nothing to do")
+        assert 'envd step 0 "pyautogui.click' in ran.stderr
+
+
+async def test_evidence_takes_the_place_of_a_file_that_was_named_only_when_told_so(tmp_path: Path) -> None:
+    async with daemon(tmp_path / "state", env=QUICK) as (process, _):
+        assert (await run(tmp_path, "reset", "0", ENVD_URL=process.url)).returncode == 0
+        (tmp_path / "mine").write_text("mine")
+        refused = await run(tmp_path, "bundle", "0", "-o", "mine", ENVD_URL=process.url)
+        assert (refused.returncode, (tmp_path / "mine").read_text()) == (1, "mine")
+        assert "--force" in refused.stderr
+        assert (await run(tmp_path, "bundle", "0", "-o", "mine", "--force", ENVD_URL=process.url)).returncode == 0
+        assert tarfile.is_tarfile(tmp_path / "mine")
+        for _ in range(2):  # of the same episode, under its own name
+            assert (await run(tmp_path, "bundle", "0", ENVD_URL=process.url)).returncode == 0
+
+
+async def test_to_cancel_what_has_ended_is_no_failure(tmp_path: Path) -> None:
+    async with daemon(tmp_path / "state", env=QUICK) as (process, _):
+        job = (await document(tmp_path, "reset", "0", ENVD_URL=process.url))["id"]
+        ran = await run(tmp_path, "cancel", job, ENVD_URL=process.url)
+        assert (ran.returncode, ran.stdout, ran.stderr) == (0, f"{job} had ended already: succeeded\n", "")
+
+
+async def test_the_log_of_an_env_that_is_none_is_not_empty_but_an_error(tmp_path: Path) -> None:
+    async with daemon(tmp_path / "state", env=QUICK) as (process, _):
+        ran = await run(tmp_path, "logs", "--env", "9", ENVD_URL=process.url)
+        assert (ran.returncode, ran.stdout) == (1, "")
+        assert "9" in ran.stderr
+        assert len(ran.stderr.splitlines()) == 2
+
+
+async def test_episodes_that_were_not_judged_say_so_and_the_newest_come_first(tmp_path: Path) -> None:
+    async with daemon(tmp_path / "state", env=QUICK) as (process, _):
+        at = {"ENVD_URL": process.url}
+        for _ in range(2):
+            assert (await run(tmp_path, "reset", "0", **at)).returncode == 0
+        _, newest, older = (await run(tmp_path, "ls", "--episodes", **at)).stdout.splitlines()
+        assert (newest.endswith("not judged"), older.endswith("replaced  not judged")) == (True, True)
+        told = (await run(tmp_path, "ls", "--episodes", "--limit", "1", **at)).stdout.splitlines()
+        assert told[1] == newest
+        assert told[-1].startswith("1 older")
+
+
+def test_a_score_comes_with_what_was_seen_and_what_was_expected(capsys: pytest.CaptureFixture[str]) -> None:
+    metric = MetricRecord(index=0, func="exact_match", result="helo\n", expected={"expected": "x" * 500}, value=0.0)
+    provenance = Provenance(
+        server_version="1",
+        provider="sim",
+        image="",
+        task_hash="",
+        screen=(1, 1),
+        steps=1,
+        actions=1,
+        end_reason=None,
+        reset_path=ResetPath.COLD,
+    )
+    verdict = Verdict(
+        episode_id="ep-1",
+        env=0,
+        status=VerdictStatus.SCORED,
+        score=0.0,
+        mask=False,
+        metrics=(metric,),
+        provenance=provenance,
+        evaluated_at=0,
+    )
+    tell_verdict(verdict, PlainConsole(width=80))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == ["score 0", "    exact_match: 0.0", '        seen:     "helo\\n"']
+    assert lines[3].startswith('        expected: {"expected": "xxx')
+    assert len(lines[3]) < 200

@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +26,7 @@ from daemon_process import daemon, environment
 from nobody import as_nobody
 from test_network import listener
 
-from envd import __version__, findings
+from envd import __version__, findings, last_start
 from envd.cli import doctor as command
 from envd.daemon import locked
 from envd.doctor import desktops, host, machine, remote, serving
@@ -688,3 +689,56 @@ async def test_the_memory_of_this_host_is_counted(tmp_path: Path) -> None:
     (found,) = await desktops.capacity(Here(settings(tmp_path, provider="local"), None, ""))
     assert found.verdict == "ok"
     assert "measured with a blank page" in found.detail
+
+
+# -- beside the settings of a daemon --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
+async def test_of_a_daemon_that_is_gone_the_provider_is_judged_and_its_end_told(
+    tmp_path: Path, end: signal.Signals
+) -> None:
+    async with daemon(tmp_path / "state", env={"ENVD_TOKEN": "a-secret-of-the-tests"}) as (process, _):
+        process.signal(end)
+        await process.ended()
+    found = told(await asyncio.to_thread(partial(run, tmp_path, "--json", ENVD_PORT="0")))
+    assert found["provider"].detail == "sim, as the daemon that ran last had it; here nothing is chosen"
+    assert found["daemon"].verdict == "warning"
+    assert f"with sim desktops at {process.url}, started at " in found["daemon"].detail
+    assert found["daemon"].fix.startswith("envd serve")
+    left = (tmp_path / "state" / last_start.FILE).read_text()
+    assert "secret" not in left
+    assert json.loads(left)["pid"] == process.pid
+    chosen = told(await asyncio.to_thread(partial(run, tmp_path, "--json", ENVD_PORT="0", PROVIDER="sim")))
+    assert chosen["provider"].detail == "sim, by environment"
+
+
+@pytest.mark.parametrize("left", ["", "{}", "[]", '{"provider": "rm", "started_at": 1}', '{"started_at": 1e400}'])
+def test_what_is_left_of_a_start_and_tells_nothing_is_passed_over(tmp_path: Path, left: str) -> None:
+    (tmp_path / last_start.FILE).write_text(left)
+    assert last_start.read(tmp_path) is None
+
+
+def test_before_any_start_in_a_checkout_what_make_serve_takes_is_judged(tmp_path: Path) -> None:
+    before = load({}, None, state_dir=tmp_path)
+    judged = serving.as_it_would_start(before, None, checkout=True)
+    assert judged.provider == "local"
+    assert "`make serve` takes" in serving.provider_of(judged, None).detail
+    assert serving.as_it_would_start(before, None, checkout=False) is before
+    assert serving.in_a_checkout(Path(__file__).parent.parent)
+    assert not serving.in_a_checkout(tmp_path)
+
+
+async def test_settings_that_the_daemon_on_the_same_port_does_not_have_are_a_warning(tmp_path: Path) -> None:
+    async with daemon(tmp_path / "state", env={"ENVD_ENVS": "2"}) as (process, _):
+        port = process.url.rpartition(":")[2]
+        (tmp_path / ".env").write_text("ENVD_HOST=0.0.0.0\nENVD_TOKEN=a-secret-of-the-tests\nENVD_ENVS=4\n")
+        ran = await asyncio.to_thread(partial(run, tmp_path, "--json", ENVD_PORT=port, ENVD_HOST="", ENVD_ENVS=""))
+    found = told(ran)
+    assert ran.returncode == 0
+    assert "a-secret" not in ran.stdout
+    assert found["settings"].verdict == "warning"
+    assert "ENVD_HOST, ENVD_TOKEN, ENVD_ENVS differ" in found["settings"].detail
+    assert "`envd serve` here is refused" in found["settings"].detail
+    assert "ENVD_STATE_DIR and an ENVD_PORT of its own" in found["settings"].fix
+    assert found["access"].detail.startswith("of the daemon that runs, not by these settings: ENVD_HOST=127.0.0.1")

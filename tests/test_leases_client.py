@@ -173,7 +173,7 @@ async def test_a_block_that_is_cancelled_gives_its_lease_back() -> None:
 
 async def test_who_stops_waiting_leaves_the_line() -> None:
     async with serving() as served, Client(served.url) as client, client.lease():
-        with pytest.raises(LeaseUnavailable, match="1 envs were not free") as given_up:
+        with pytest.raises(LeaseUnavailable, match="1 env was not free") as given_up:
             async with client.lease(wait_s=0.1):
                 raise AssertionError("there is no second env")
         assert given_up.value.facts["position"] == 1
@@ -227,7 +227,7 @@ async def test_what_is_said_to_free_an_env_frees_it(said: str) -> None:
 
 async def test_more_envs_than_there_are_cannot_be_waited_for() -> None:
     async with serving() as served, Client(served.url) as client:
-        with pytest.raises(InvalidRequest, match="there are 1 envs, not 2"):
+        with pytest.raises(InvalidRequest, match="has 1 env, not 2"):
             async with client.lease(2):
                 raise AssertionError("there is no second env")
 

@@ -457,10 +457,10 @@ async def test_the_command_prints_lines_that_people_and_programs_can_read(tmp_pa
         assert code == 0
         assert len([json.loads(line) for line in out.splitlines()]) == 3
         code, _, err = await envd(tmp_path, "logs", "--since", "yesterday", **url)
-        assert code == 1
+        assert code == 2
         assert "10m" in err
         code, _, err = await envd(tmp_path, "logs", "--level", "loud", **url)
-        assert code == 1
+        assert code == 2
         assert "warning" in err
 
 

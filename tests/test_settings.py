@@ -178,3 +178,20 @@ def test_what_the_readme_says_of_settings_is_what_their_page_says() -> None:
 )
 def test_virtual_machines_have_our_own_disk_unless_another_is_set(environ: dict[str, str], disk: str) -> None:
     assert load(environ, env_file=None).guest_disk == Path(disk)
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ({}, "http://127.0.0.1:15001"),
+        ({"ENVD_PORT": "15555"}, "http://127.0.0.1:15555"),
+        ({"ENVD_PORT": "0"}, "http://127.0.0.1:15001"),
+        ({"ENVD_HOST": "0.0.0.0", "ENVD_PORT": "15555"}, "http://127.0.0.1:15555"),
+        ({"ENVD_HOST": "::"}, "http://[::1]:15001"),
+        ({"ENVD_HOST": "10.1.2.3"}, "http://10.1.2.3:15001"),
+        ({"ENVD_TLS_CERT": "a.pem", "ENVD_TLS_KEY": "b.pem"}, "https://127.0.0.1:15001"),
+        ({"ENVD_URL": "http://desks:1", "ENVD_PORT": "15555"}, "http://desks:1"),
+    ],
+)
+def test_clients_talk_to_the_daemon_of_the_same_settings(given: dict[str, str], url: str) -> None:
+    assert load(given, None).url == url

@@ -61,7 +61,7 @@ async def test_the_daemon_says_when_it_is_ready_that_it_lives_and_that_it_ends(t
         env = {"NOTIFY_SOCKET": str(tmp_path / "notify"), "WATCHDOG_USEC": "600000"}
         async with daemon(tmp_path / "state", env=env) as (process, _):
             heard = await anyio.to_thread.run_sync(heard_until, listener, "READY=1")
-            assert "STATUS=serving 1 envs" in heard[-1]
+            assert "STATUS=serving 1 env " in heard[-1]
             async with anyio.create_task_group() as group:
                 for _ in range(3):
                     await anyio.to_thread.run_sync(heard_until, listener, "WATCHDOG=1")

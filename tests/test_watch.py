@@ -12,7 +12,7 @@ from fake_server import FakeServer, serving
 from rich.console import Console
 from rich.text import Text
 
-from envd.cli.watch import Board, clock, watch
+from envd.cli.watch import Board, _probe, clock, watch
 from envd.client import Client
 from envd.errors import BootTimeout, ServerUnreachable, UnknownJob
 from envd.models import Event, Job, JobState, Phase, Probe, ProbeResult, ResetPath
@@ -188,6 +188,19 @@ def test_probes_are_news_when_their_verdict_changes_only() -> None:
     assert told(board.apply(event("probe", job(version=3, probes=(again, PASSED))), now=0)) == [
         "env 0 job-1: ✓ chrome_cdp 4.1 s  1 page"
     ]
+
+
+def test_a_probe_that_has_not_passed_yet_is_no_failure_until_the_job_is_one() -> None:
+    flat = Probe(name="screenshot", result=ProbeResult.FAIL, detail="one flat colour", attempts=1)
+    board = Board("job-1")
+    board.apply(event("snapshot", job()), now=0)
+    [line] = board.apply(event("probe", job(version=2, probes=(flat,))), now=0)
+    assert line.plain == "env 0 job-1: · screenshot one flat colour  (1 try)"
+    assert line.spans[-1].style == "dim"
+    [line] = board.apply(event("progress", job(version=3), message="Waiting for VM to be ready… 3s / 60s"), now=1)
+    assert line.plain == "env 0 job-1: waiting for the desktop… 3s / 60s"
+    mark, _ = _probe(flat, job(state=JobState.FAILED))
+    assert (mark.plain, mark.style) == ("✗ screenshot", "red")
 
 
 def test_progress_is_news_every_ten_seconds() -> None:

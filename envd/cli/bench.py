@@ -23,6 +23,7 @@ from ..client import Client, EnvHandle
 from ..errors import EnvdError, LeaseUnavailable
 from ..models import Job
 from .listing import console, print_json, print_list
+from .watch import number
 
 FREE_WITHIN = 5.0
 """Seconds in which enough envs must be free: this waits for nobody's episode."""
@@ -126,9 +127,9 @@ async def _play(env: EnvHandle, load: Load, figures: Figures, advance: Callable[
             continue
         figures.add_reset(job, time.perf_counter() - began)
         advance(1)
-        for number in range(load.steps):
+        for step in range(load.steps):
             # Each moves the pointer somewhere else: a screen that did not change is cheaper to encode.
-            move = f"pyautogui.moveTo({100 + number * 37 % 400}, {100 + number * 53 % 300})"
+            move = f"pyautogui.moveTo({100 + step * 37 % 400}, {100 + step * 53 % 300})"
             await _timed(figures, "step", env.act, move, pause_s=0)
             advance(1)
         for _ in range(load.pictures):
@@ -194,9 +195,10 @@ def _as_json(figures: Figures) -> list[dict[str, Any]]:
 
 
 def _print(output: Console, about: dict[str, Any], figures: Figures) -> None:
+    played = f"{number(about['resets'], 'reset')} each with {number(about['steps'], 'step')}"
     output.out(
-        f"{about['url']}: envd {about['version']}, {about['provider']}; {about['clients']} of {about['envs']} envs,"
-        f" {about['resets']} resets each with {about['steps']} steps, {about['seconds']:.1f} s in all\n",
+        f"{about['url']}: envd {about['version']}, {about['provider']}; {about['clients']} of "
+        f"{number(about['envs'], 'env')}, {played}, {about['seconds']:.1f} s in all\n",
         highlight=False,
     )
     rows = [
@@ -204,8 +206,8 @@ def _print(output: Console, about: dict[str, Any], figures: Figures) -> None:
         for name, values in _in_order(figures)
     ]
     print_list(output, ("", "count", "p50", "p95", "p99", "most"), rows)
-    for code, number in figures.failures.most_common():
-        output.out(f"\n{number} × {code}, the first: {figures.first[code]}", highlight=False)
+    for code, times in figures.failures.most_common():
+        output.out(f"\n{times} × {code}, the first: {figures.first[code]}", highlight=False)
 
 
 def _readable(seconds: float) -> str:

@@ -11,7 +11,7 @@ from .. import __version__
 from . import completion
 from .aws import app as aws
 from .aws import gc as aws_gc
-from .common import EnvNumber, JobId, Json, Lease, Url, agreed, ask, fail, talk, told
+from .common import WRONG, EnvNumber, JobId, Json, Lease, Url, agreed, ask, fail, talk, told
 from .groups import images, tasks, templates
 from .sections import Sections
 
@@ -31,6 +31,21 @@ app.add_typer(tasks, name="tasks")
 app.add_typer(images, name="images")
 app.add_typer(templates, name="templates")
 app.add_typer(aws, name="aws")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _every(
+    told_version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:
@@ -87,7 +102,8 @@ def doctor(
 ) -> None:
     """Say what is in the way of desktops, and what puts it right.
 
-    Without --url this host is looked at, whether or not a daemon runs. With --full alone the server is ENVD_URL.
+    Without --url this host is looked at, whether or not a daemon runs. With --full alone the server is ENVD_URL, else
+    that of ENVD_HOST and ENVD_PORT.
 
     \b
     Examples:
@@ -128,7 +144,8 @@ def demo(
       envd demo --own --provider sim     needs nothing but Python
       envd demo --pause 5                slowly, to look on in a browser
 
-    Exit codes: 0 played and scored; 3 played, and without a score, which says why; 1 it could not be played.
+    Exit codes: 0 played, and scored where evaluators are installed; 3 played, and without a score, which says why; 1 it
+    could not be played.
     """
     from ..settings import load
     from .demo import demo as play
@@ -146,8 +163,8 @@ def serve(
 ) -> None:
     """Run the daemon until it is told to stop.
 
-    Settings come from the environment and from .env in this folder; the README has the table. What it does goes to
-    stderr, a line for each event.
+    Settings come from the environment and from .env in this folder; /docs/settings of a daemon has all of them. What it
+    does goes to stderr, a line for each event.
 
     \b
     Examples:
@@ -209,14 +226,20 @@ def watch(
 @app.command()
 def ls(
     jobs: Annotated[bool, typer.Option("--jobs", help="The jobs instead: active ones, and recent ones.")] = False,
-    episodes: Annotated[bool, typer.Option("--episodes", help="Ids of the episodes with evidence instead.")] = False,
+    episodes: Annotated[
+        bool, typer.Option("--episodes", help="The episodes with evidence, and verdicts, instead.")
+    ] = False,
     leases: Annotated[bool, typer.Option("--leases", help="Who has leased what, and who waits, instead.")] = False,
+    limit: Annotated[
+        int | None, typer.Option(min=1, max=1000, help="With --episodes: the newest so many; default 20.")
+    ] = None,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
-    """Show the envs of a server, its jobs or its leases.
+    """Show the envs of a server, its jobs, its episodes or its leases.
 
-    Of an env: state, task, step, desktop, who has it leased, which job runs and which waits.
+    Of an env: state, task, how far its episode is, desktop, who has it leased, which job runs and which waits. `over`
+    is an env whose episode has ended, with its verdict.
 
     \b
     Examples:
@@ -230,20 +253,26 @@ def ls(
 
     if jobs + episodes + leases > 1:
         raise typer.BadParameter("give one of --jobs, --episodes and --leases")
-    look = lists.jobs if jobs else lists.episodes if episodes else lists.leases if leases else lists.envs
+    if limit is not None and not episodes:
+        raise typer.BadParameter("--limit goes with --episodes")
+    if episodes:
+        ask(url, lambda client: lists.episodes(client, limit=limit or lists.EPISODES_SHOWN, as_json=as_json))
+    look = lists.jobs if jobs else lists.leases if leases else lists.envs
     ask(url, lambda client: look(client, as_json=as_json))
 
 
 @app.command()
 def logs(
     env: Annotated[
-        int | None, typer.Option(help="Lines about this env.", autocompletion=completion.env_numbers)
+        int | None, typer.Option(min=0, help="Lines about this env.", autocompletion=completion.env_numbers)
     ] = None,
     job: Annotated[str | None, typer.Option(help="Lines about this job.", autocompletion=completion.jobs)] = None,
     episode: Annotated[
         str | None, typer.Option(help="Lines about this episode.", autocompletion=completion.episodes)
     ] = None,
-    level: Annotated[str | None, typer.Option(help="debug, info, warning or error: no line below it.")] = None,
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"] | None, typer.Option(help="No line below it.")
+    ] = None,
     since: Annotated[str | None, typer.Option(help="No line older than that: 30s, 10m, 2h, 1d.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="The newest so many; default 200.")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on with the lines that come.")] = False,
@@ -262,11 +291,14 @@ def logs(
 
     Exit codes: 0 it was told, 1 the server was not reached or refused.
     """
-    from ..client.logs import Which
-    from .logs import logs as show
-    from .logs import moment
+    with told():
+        from ..client.logs import Which
+        from .logs import logs as show
+        from .logs import moment
 
-    which = Which(env=env, job=job, episode=episode, level=level, since=moment(since), limit=limit)
+    with told(code=WRONG):
+        since_s = moment(since)
+    which = Which(env=env, job=job, episode=episode, level=level, since=since_s, limit=limit)
     ask(url, lambda client: show(client, which, follow=follow, as_json=as_json))
 
 
@@ -481,6 +513,7 @@ def bundle(
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="The file, or a folder; default EPISODE.tar here.")
     ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Write over the file that -o names.")] = False,
     url: Url = None,
     as_json: Json = False,
 ) -> None:
@@ -495,11 +528,11 @@ def bundle(
       envd bundle ep-0123456789abcdef -o evidence/
       envd rescore ep-0123456789abcdef.tar
 
-    Exit codes: 0 saved, 1 there is no such episode, or the file cannot be written.
+    Exit codes: 0 saved, 1 there is no such episode, or the file is there already or cannot be written.
     """
     from .play import bundle as save
 
-    ask(url, lambda client: save(client, episode, output, as_json=as_json))
+    ask(url, lambda client: save(client, episode, output, force=force, as_json=as_json))
 
 
 @app.command()
@@ -546,7 +579,8 @@ def cancel(
       envd cancel job-0123456789ab
       envd ls --json | jq -r '.envs[].waiting_job_id // empty' | xargs -n1 envd cancel
 
-    Exit codes: 0 it is cancelled, or about to be; 1 it had ended in another way before, or there is no such job.
+    Exit codes: 0 it is cancelled, is about to be, or had ended before; 1 it ended in another way meanwhile, or there is
+    no such job.
     """
     from .ending import cancel as end
 

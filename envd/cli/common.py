@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 NO_SCORE = 3
 """Exit code of what worked and has no score, or did something else than was asked for."""
+WRONG = 2
+"""Exit code of a command line that is wrong."""
 ENDED = 143
 """Exit code after SIGTERM, as a shell tells it."""
 
@@ -41,7 +43,9 @@ Paths = Annotated[
     typer.Argument(metavar="PATH", help="Task files, and folders that hold some.", autocompletion=completion.files),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Url = Annotated[str | None, typer.Option("--url", help="The server; default ENVD_URL, else http://127.0.0.1:15001.")]
+Url = Annotated[
+    str | None, typer.Option("--url", help="The server; default ENVD_URL, else that of ENVD_HOST and ENVD_PORT.")
+]
 Lease = Annotated[
     str | None, typer.Option("--lease", metavar="ID", help="Play under this lease; default ENVD_LEASE, else none.")
 ]
@@ -115,14 +119,14 @@ def talk(work: Coroutine[Any, Any, int]) -> int:
 
 
 @contextmanager
-def told() -> Iterator[None]:
+def told(code: int = 1) -> Iterator[None]:
     """Errors of what is imported, loaded or done where there is no loop."""
     from ..errors import EnvdError
 
     try:
         yield
     except EnvdError as error:
-        fail(error.detail, error.hint, 1)
+        fail(error.detail, error.hint, code)
 
 
 def fail(detail: str, hint: str, code: int) -> NoReturn:

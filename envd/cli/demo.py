@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ..client import Client, EnvHandle
-from ..errors import EnvdError, InfraError, LeaseUnavailable, RequestError, ServerUnreachable, StartError
+from ..errors import EnvdError, InfraError, LeaseUnavailable, NotEvaluable, RequestError, ServerUnreachable, StartError
 from ..models import Job, Verdict
 from ..settings import Settings
 from ..tasks.grading import find_interpreter
@@ -35,6 +35,8 @@ FREE_WITHIN = 1.0
 """Seconds in which an env of the server that runs must be free: nobody waits in line for a demo."""
 LONG = 60.0
 """Seconds for a boot that are told beforehand."""
+SHOWN = 4
+"""Envs of which it is told who uses them."""
 TITLE = "envd demo"
 PROVIDERS = ("local", "sim")
 """Of a daemon of its own: what shows most comes first."""
@@ -131,7 +133,8 @@ async def demo(
     as_json: bool,
     output: Console | None = None,
 ) -> int:
-    """Play it. 0 with a score, 3 where the episode was played and there is none, 1 where it could not be played.
+    """Play it. 0 where it has a score, or none for the want of evaluators alone; 3 where it has none for
+    another reason; 1 where it could not be played.
 
     Raises ServerUnreachable for a `url` that was given and does not answer, StartError when no daemon can be started.
     """
@@ -148,6 +151,10 @@ async def demo(
     _line(output, "frames", f"{told.folder}")
     end = "the daemon and its desktop are gone" if stage.own else "the lease is given back, and its desktop is gone"
     _line(output, "end", f"after {seconds:.1f} s; {end}")
+    unjudged = told.verdict is not None and told.verdict.code == NotEvaluable.code
+    if unjudged:
+        words = "there is no score because no evaluators are installed: `make evaluators`, once, and it is judged, too"
+        _line(output, "hint", words)
     if as_json:
         print_json(
             {
@@ -164,7 +171,7 @@ async def demo(
                 "evidence": told.evidence,
             }
         )
-    return NO_SCORE if told.verdict is None or told.verdict.mask else 0
+    return 0 if told.verdict is not None and (unjudged or not told.verdict.mask) else NO_SCORE
 
 
 async def _episode(stage: Stage, told: Told) -> Job:
@@ -191,12 +198,29 @@ async def _of_server(stack: AsyncExitStack, settings: Settings, url: str | None,
             _line(output, "server", f"{clean(error.detail)} So it plays on a daemon of its own.")
             return None
         except LeaseUnavailable:
-            _line(output, "server", f"{client.url} has no env that nobody uses. So it plays on a daemon of its own.")
+            words = f"{client.url} has no env that nobody uses{await _used(client)}"
+            own = "So this is played on a daemon of its own, and is not seen in that dashboard."
+            _line(output, "server", f"{words}. {own}", "yellow")
+            free = "an env is free once its episode is over: `envd step ENV DONE`, or `envd evaluate ENV`"
+            _line(output, "", f"{free}; a leased one once its lease ends.")
             return None
         provider = str(version.get("provider"))
         _line(output, "server", f"{client.url}, {provider} desktops; env {env.number} is leased for this")
         stack.push_async_exit(trying.pop_all())
         return Stage(client, env, client.url, provider, own=False)
+
+
+async def _used(client: Client) -> str:
+    """By what its envs are used, in brackets. Nothing where that cannot be had."""
+    try:
+        envs = await client.envs()
+    except EnvdError:
+        return ""
+    told = [
+        f"env {env.id} {f'is leased by {env.lease.owner}' if env.lease else f'is {env.state}'}" for env in envs[:SHOWN]
+    ]
+    more = [f"{len(envs) - SHOWN} more"] if len(envs) > SHOWN else []
+    return f" ({', '.join(told + more)})"
 
 
 async def _on_its_own(settings: Settings, names: Sequence[str], told: Told) -> tuple[Stage, Job]:

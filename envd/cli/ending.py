@@ -20,9 +20,16 @@ TELL_EVERY = 10.0
 
 
 async def cancel(client: Client, job_id: str, *, wait: bool, as_json: bool, output: Console | None = None) -> int:
-    """Ask for a job's end, and wait for it. 0 once it has ended or was asked to; 1 if it had ended in another way
-    before. Raises UnknownJob."""
+    """Ask for a job's end, and wait for it. 0 once it has ended or was asked to, also if it had ended before; 1 if it
+    ended in another way meanwhile. Raises UnknownJob."""
     output = output or console()
+    before = await client.job(job_id)
+    if before.state.terminal:
+        if as_json:
+            print_json(before.model_dump(mode="json"))
+        else:
+            output.out(f"{job_id} had ended already: {before.state}", highlight=False)
+        return 0
     job = await client.cancel(job_id)
     if wait and not job.state.terminal:
         with busy(output, f"{job.id} is being ended: its desktop is removed", quiet=as_json):

@@ -8,6 +8,7 @@ that `envd serve` would refuse.
 from __future__ import annotations
 
 import asyncio
+import errno
 import io
 import ipaddress
 import json
@@ -148,6 +149,8 @@ def _tell(given: Given, said: Mapping[str, str], settings: Settings, what: str) 
     typer.echo(f"{given.file} {what}: {', '.join(f'{name}={value}' for name, value in shown.items())}")
     for name in overridden(said, os.environ):
         typer.echo(f"{name} is set in the environment too, and that wins.")
+    for line in in_the_way(given.file):
+        typer.echo(f"\n{line}")
     typer.echo("\n" + "\n".join(next_words(settings, said, given.file)))
     return 0
 
@@ -333,7 +336,7 @@ def merged(text: str, said: Mapping[str, str]) -> str:
             says_it = dotenv_values(stream=io.StringIO(line), interpolate=False).get(name) == value
             lines.append(line if says_it else f"{name}={value}")
     if left and not text:
-        lines.append("# Written by `envd init`; the README has every setting. The environment wins over this file.")
+        lines.append("# Written by `envd init`; /docs/settings has every setting. The environment wins over this file.")
     lines += [f"{name}={value}" for name, value in left.items()]
     return "\n".join(lines) + "\n"
 
@@ -376,6 +379,23 @@ def masked(text: str) -> str:
 def overridden(said: Mapping[str, str], environ: Mapping[str, str]) -> list[str]:
     """Names that the environment sets to something else."""
     return [name for name, value in said.items() if environ.get(name, "").strip() not in ("", value)]
+
+
+def in_the_way(file: Path) -> list[str]:
+    """What keeps a daemon from being started beside what runs now. Blocks."""
+    from ..doctor.serving import bindable, lock_holder
+
+    try:
+        settings = load(env_file=file)
+    except SettingsError:  # by the environment; the start will say it
+        return []
+    own = "stop it first, or give this one an ENVD_STATE_DIR and an ENVD_PORT of its own"
+    if pid := lock_holder(settings.state_dir / "lock"):
+        return [f"A daemon runs with {settings.state_dir} now (process {pid}), and keeps its settings: {own}."]
+    trouble = bindable(settings.host, settings.port) if settings.port else None
+    if trouble is not None and trouble.errno == errno.EADDRINUSE:
+        return [f"Something listens on port {settings.port} now: {own}."]
+    return []
 
 
 def next_words(settings: Settings, said: Mapping[str, str], file: Path) -> list[str]:

@@ -30,6 +30,8 @@ UNITS = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 class Source(Protocol):
     """Where lines come from: `envd.Client`."""
 
+    async def env_state(self, env: int) -> Any: ...
+
     async def logs(self, **which: Unpack[Which]) -> list[dict[str, Any]]: ...
 
     def follow_logs(
@@ -46,7 +48,7 @@ async def logs(
     console: Console | None = None,
 ) -> int:
     """Print the lines that are wanted, and go on with those that come if that is asked for. A server that answered once
-    is waited for."""
+    is waited for. Raises UnknownEnv."""
     notices = console or Console(stderr=True)
     console = console or Console()
 
@@ -65,6 +67,8 @@ async def logs(
             notices.print(Text(f"reconnecting: {clean(error.detail)}", "yellow"), soft_wrap=True)
         lost = True
 
+    if (env := which.get("env")) is not None:
+        await client.env_state(env)
     try:
         if not follow:
             for line in await client.logs(**which):

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
+import anyio
 from rich.console import Console
 
 from .. import __version__
 from ..client import Client
-from ..errors import InfraError
-from ..models import Env, Job, JobKind, Lease, LeaseState
+from ..errors import EnvdError, InfraError
+from ..models import Env, EnvState, Episode, Job, JobKind, Lease, LeaseState, Verdict
 from .listing import ago, console, print_json, print_list
-from .watch import clock
+from .watch import clock, number
 
 JOBS_SHOWN = 20
 """Jobs that have ended, beside all that have not."""
-EPISODES_SHOWN = 50
+EPISODES_SHOWN = 20
+AT_ONCE = 8
+"""Questions that are put to the server at once."""
 
 
 async def envs(client: Client, *, as_json: bool, output: Console | None = None) -> int:
@@ -27,12 +31,13 @@ async def envs(client: Client, *, as_json: bool, output: Console | None = None) 
         return 0
     output = output or console()
     now = time.time()
-    names = ("env", "state", "task", "step", "since", "desktop", "lease", "job", "detail")
-    print_list(output, *_without_empty(names, [_env_row(env, now) for env in found]))
+    names = ("env", "state", "task", "played", "since", "desktop", "lease", "job", "detail")
+    verdicts = await _verdicts(client, [env.episode.id for env in found if env.episode and env.episode.done])
+    print_list(output, *_without_empty(names, [_env_row(env, verdicts, now) for env in found]))
     queue = await client.queue()
     waiting = [lease for lease in await client.leases() if lease.state is LeaseState.WAITING]
     told = [f"{len(queue.booting)} booting, {len(queue.waiting)} waiting for it"]
-    told += [f"lease {lease.position} in line: {lease.owner}, {_number(lease.count, 'env')}" for lease in waiting]
+    told += [f"lease {lease.position} in line: {lease.owner}, {number(lease.count, 'env')}" for lease in waiting]
     output.out(f"\n{'; '.join(told)}", highlight=False)
     return 0
 
@@ -58,20 +63,64 @@ async def jobs(client: Client, *, as_json: bool, output: Console | None = None) 
     return 0
 
 
-async def episodes(client: Client, *, as_json: bool, output: Console | None = None) -> int:
-    """Print the ids of episodes with evidence, the newest first. Always 0."""
+async def episodes(client: Client, *, limit: int = EPISODES_SHOWN, as_json: bool, output: Console | None = None) -> int:
+    """Print the newest `limit` episodes with evidence; of their ids alone, all, as JSON. Always 0."""
     found = await client.episodes()
     if as_json:
         print_json({"episodes": found})
         return 0
     output = output or console()
-    for episode in found[:EPISODES_SHOWN]:
-        output.out(episode, highlight=False)
-    if len(found) > EPISODES_SHOWN:
-        output.out(f"\n{len(found) - EPISODES_SHOWN} older ones: --json has them all.", highlight=False)
     if not found:
         output.out("No episode left evidence yet.", highlight=False)
+        return 0
+    now, room = time.time(), anyio.CapacityLimiter(AT_ONCE)
+    rows: dict[str, tuple[str, ...]] = {}
+
+    async def look(episode: str) -> None:
+        async with room:
+            rows[episode] = await _episode_row(client, episode, now)
+
+    async with anyio.create_task_group() as tasks:
+        for episode in found[:limit]:
+            tasks.start_soon(look, episode)
+    print_list(output, ("episode", "env", "task", "began", "played", "verdict"), [rows[one] for one in found[:limit]])
+    if len(found) > limit:
+        output.out(f"\n{len(found) - limit} older: --limit shows more, --json has the ids of all.", highlight=False)
     return 0
+
+
+async def _episode_row(client: Client, episode_id: str, now: float) -> tuple[str, ...]:
+    """What is not known stays empty: evidence may go while it is looked at, and a server may be older."""
+    try:
+        about, verdict = await client.recorded(episode_id)
+    except EnvdError as error:
+        return episode_id, "", "", "", "", f"cannot be looked at: {error.detail}"
+    began, steps, ended = about.get("began_at"), about.get("steps"), about.get("end_reason")
+    played = number(steps, "step") if isinstance(steps, int) else ""
+    return (
+        episode_id,
+        str(about.get("env", "")),
+        str(about.get("task_id") or ""),
+        f"{ago(now - began)} ago" if isinstance(began, int | float) else "",
+        ", ".join(str(word) for word in (played, ended) if word),
+        _judged(verdict),
+    )
+
+
+async def _verdicts(client: Client, episode_ids: Sequence[str]) -> dict[str, Verdict]:
+    """Of those that were judged. What cannot be had is left out: the rest is to be seen all the same."""
+    found: dict[str, Verdict] = {}
+    room = anyio.CapacityLimiter(AT_ONCE)
+
+    async def look(episode_id: str) -> None:
+        async with room:
+            with suppress(EnvdError):
+                found[episode_id] = await client.verdict(episode_id)
+
+    async with anyio.create_task_group() as tasks:
+        for episode_id in episode_ids:
+            tasks.start_soon(look, episode_id)
+    return found
 
 
 async def leases(client: Client, *, as_json: bool, output: Console | None = None) -> int:
@@ -107,14 +156,16 @@ async def versions(client: Client, *, as_json: bool, output: Console | None = No
     return 0
 
 
-def _env_row(env: Env, now: float) -> tuple[str, ...]:
+def _env_row(env: Env, verdicts: Mapping[str, Verdict], now: float) -> tuple[str, ...]:
     episode = env.episode
     since = episode.started_at if episode else env.desktop.created_at if env.desktop else None
+    over = episode is not None and episode.done and env.state is EnvState.PLAYING
+    verdict = verdicts.get(episode.id) if episode is not None else None
     return (
         str(env.id),
-        str(env.state),
+        "over" if over else str(env.state),
         (episode.task_id or "") if episode else "",
-        _steps(env),
+        "" if episode is None else f"{_played(episode)}{f'; {_judged(verdict)}' if over else ''}",
         "" if since is None else ago(now - since),
         env.desktop.id if env.desktop else "",
         f"{env.lease.owner}, {clock(env.lease.expires_at - now)} left" if env.lease else "",
@@ -123,13 +174,20 @@ def _env_row(env: Env, now: float) -> tuple[str, ...]:
     )
 
 
-def _steps(env: Env) -> str:
-    episode = env.episode
-    if episode is None:
-        return ""
-    done = episode.actions if episode.counts == "actions" else episode.steps
-    ended = f", {episode.end_reason}" if episode.end_reason else ""
-    return f"{done}/{episode.max_steps}{ended}"
+def _played(episode: Episode) -> str:
+    """How far it is, in what its length counts, and how it ended."""
+    if episode.counts == "actions":
+        told = f"{episode.actions} of {number(episode.max_steps, 'action')}, step {episode.steps}"
+    else:
+        told = f"{episode.steps} of {number(episode.max_steps, 'step')}"
+    return f"{told}, {episode.end_reason}" if episode.end_reason else told
+
+
+def _judged(verdict: Verdict | None) -> str:
+    """A score, or why there is none; never a number for that."""
+    if verdict is None:
+        return "not judged"
+    return f"score {verdict.score:g}" if verdict.score is not None else f"no score: {verdict.code}"
 
 
 def _job_row(job: Job, now: float) -> tuple[str, ...]:
@@ -171,7 +229,3 @@ def _without_empty(
     """Columns that say nothing of any row are left out: a terminal is narrow."""
     kept = [column for column in range(len(names)) if column < 2 or any(row[column] for row in rows)]
     return [names[column] for column in kept], [[row[column] for column in kept] for row in rows]
-
-
-def _number(count: int, what: str) -> str:
-    return f"{count} {what}{'s' * (count != 1)}"

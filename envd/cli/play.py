@@ -26,6 +26,8 @@ from .watch import clean, watch
 STDIN = "-"
 OUTPUT_SHOWN = 2_000
 """Characters of what a program printed."""
+VALUE_SHOWN = 160
+"""Characters of what a metric was given."""
 
 _OUTCOMES = {
     ActionOutcome.OK: "green",
@@ -120,6 +122,11 @@ async def step(
         prediction = await run_sync(sys.stdin.read)
     elif prediction is None and actions in ([], [STDIN]):
         actions = [await run_sync(sys.stdin.read)]
+    if not (prediction or any(action.strip() for action in actions)):
+        raise RequestError(
+            "There is nothing to do: no action was given, and stdin had none.",
+            hint=f'Give one, as in: envd step {env} "pyautogui.click(960, 540)", or a program on stdin.',
+        )
     result = await client.step(
         env,
         prediction=prediction,
@@ -163,6 +170,12 @@ def brief(program: str) -> str:
     """A program in one line of at most 100 characters."""
     line = clean(program)
     return line if len(line) <= 100 else f"{line[:99]}…"
+
+
+def shortened(value: Any) -> str:
+    """What a getter gave, in one line of at most `VALUE_SHOWN` characters, as JSON: it shows where a text ends."""
+    line = clean(json.dumps(value, ensure_ascii=False))
+    return line if len(line) <= VALUE_SHOWN else f"{line[: VALUE_SHOWN - 1]}…"
 
 
 async def screenshot(client: Client, env: int, to: Path | None, *, as_json: bool) -> int:
@@ -248,6 +261,9 @@ def tell_verdict(verdict: Verdict, output: Console) -> None:
         )
         for metric in verdict.metrics:
             output.print(Text(f"    {clean(metric.func)}: {clean(str(metric.value))}", "dim"), soft_wrap=True)
+            output.print(Text(f"        seen:     {shortened(metric.result)}", "dim"), soft_wrap=True)
+            if metric.expected is not None:
+                output.print(Text(f"        expected: {shortened(metric.expected)}", "dim"), soft_wrap=True)
     else:
         why = f"{verdict.status}, fault {verdict.fault} [{verdict.code}]"
         output.print(Text.assemble(("no score ", "bold red"), f"{why}"), soft_wrap=True)
@@ -257,7 +273,15 @@ def tell_verdict(verdict: Verdict, output: Console) -> None:
     output.out(f"episode {verdict.episode_id}, judged in {verdict.seconds.get('total', 0.0):.1f} s", highlight=False)
 
 
-async def bundle(client: Client, episode: str, to: Path | None, *, as_json: bool, output: Console | None = None) -> int:
+async def bundle(
+    client: Client,
+    episode: str,
+    to: Path | None,
+    *,
+    force: bool = False,
+    as_json: bool,
+    output: Console | None = None,
+) -> int:
     """Save the evidence of an episode, of the one that an env plays where `episode` is a number. Always 0. Raises
     NotFound, RequestError."""
     if episode.isdecimal():
@@ -267,6 +291,8 @@ async def bundle(client: Client, episode: str, to: Path | None, *, as_json: bool
         episode = playing.id
     output = output or console()
     target = to or Path()  # under the id, which a server may have made up, as a name that leads nowhere else
+    if not force and await run_sync(target.is_file):
+        raise RequestError(f"{target} is there already.", hint="Give --force to write over it, or name another one.")
     with busy(output, f"saving the evidence of {episode}", quiet=as_json):
         file = await client.bundle(episode, target)
     size = (await run_sync(file.stat)).st_size

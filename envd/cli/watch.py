@@ -35,6 +35,9 @@ ENDED_SHOWN = 5
 NEWS_SHOWN = 6
 PANEL_LINES = 6
 
+AS_TRAINERS_READ_IT = "Waiting for VM to be ready"
+"""What logs of older servers say of any desktop, and programs look for."""
+
 STYLES = {
     JobState.QUEUED: "yellow",
     JobState.BOOTING: "cyan",
@@ -222,6 +225,11 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
+def number(count: int, one: str, several: str = "") -> str:
+    """`1 env`, `2 envs`."""
+    return f"{count} {one if count == 1 else several or f'{one}s'}"
+
+
 def clean(text: str) -> str:
     return printable(" ".join(text.split()))
 
@@ -242,7 +250,7 @@ def _panel(row: Row, now: float) -> Panel:
     elif job.phases:
         grid.add_row(Text("phases", "dim"), _phases(row, now))
     for probe in job.probes:
-        grid.add_row(*_probe(probe))
+        grid.add_row(*_probe(probe, job))
     for warning in job.warnings:
         grid.add_row(Text("warning", "yellow"), Text(clean(warning)))
     if job.error is not None:
@@ -288,14 +296,17 @@ def _phases(row: Row, now: float) -> Text:
     return text
 
 
-def _probe(probe: Probe) -> tuple[Text, Text]:
+def _probe(probe: Probe, job: Job) -> tuple[Text, Text]:
+    """One that has not passed is a failure only where the job is: until then it is waited for."""
     mark, style = {
         ProbeResult.OK: ("✓", "green"),
         ProbeResult.FAIL: ("✗", "red"),
         ProbeResult.UNKNOWN: ("·", "yellow"),
     }[probe.result]
+    if probe.result is ProbeResult.FAIL and not probe.passed and not job.state.terminal:
+        mark, style = "·", "dim"
     passed = f"{probe.seconds:.1f} s  " if probe.passed and probe.seconds is not None else ""
-    tries = "" if probe.passed or not probe.attempts else f"  ({probe.attempts} tries)"
+    tries = "" if probe.passed or not probe.attempts else f"  ({number(probe.attempts, 'try', 'tries')})"
     detail = Text(f"{passed}{clean(probe.detail)}{tries}", "dim" if probe.passed else "", no_wrap=True)
     detail.overflow = "ellipsis"
     return Text(f"{mark} {clean(probe.name)}", style), detail
@@ -360,6 +371,7 @@ def _job_words(event: Event, before: Job | None, row: Row, now: float) -> list[t
     if event.kind == "progress" and now < row.told + PROGRESS_SECONDS:
         return []
     message = clean(str(event.data.get("message") or event.data.get("line") or ""))
+    message = message.replace(AS_TRAINERS_READ_IT, "waiting for the desktop")
     if event.kind == "progress":
         row.told = now
     return [(message, "")] if message else []
@@ -388,7 +400,7 @@ def _probe_words(before: Job | None, job: Job) -> list[tuple[str, str]]:
         changed = old is None or (old.result, old.passed) != (probe.result, probe.passed)
         lost = probe.result is ProbeResult.UNKNOWN and old is not None and old.result is ProbeResult.OK
         if changed and (probe.passed or lost or probe.result is ProbeResult.FAIL):
-            mark, detail = _probe(probe)
+            mark, detail = _probe(probe, job)
             words.append((f"{mark.plain} {detail.plain}", str(mark.style)))
     return words
 

@@ -269,6 +269,13 @@ class Client:
         """The verdict of an episode that was evaluated, of any env. Raises NotFound."""
         return _parsed(Verdict, await self._get(f"/v1/episodes/{_part(episode_id)}/verdict", timeout))
 
+    async def recorded(self, episode_id: str, *, timeout: float | None = None) -> tuple[dict[str, Any], Verdict | None]:
+        """What the evidence of an episode says it was, and its verdict if it was judged. Raises NotFound."""
+        # After a step that no episode reaches: what was done in it is not asked for.
+        params = {"after": "1000000"}
+        told = _parsed(_Recorded, await self._get(f"/v1/episodes/{_part(episode_id)}/steps", timeout, params=params))
+        return told.episode, told.verdict
+
     async def bundle(
         self, episode_id: str, to: Path, *, limit: int = BUNDLE_LIMIT, timeout: float | None = None
     ) -> Path:
@@ -396,6 +403,11 @@ class _Leases(Model):
 
 class _Episodes(Model):
     episodes: list[str]
+
+
+class _Recorded(Model):
+    episode: dict[str, Any]
+    verdict: Verdict | None = None
 
 
 class _History(Model):

@@ -91,8 +91,9 @@ async def _granted(http: Transport, lease: Lease, wait_s: float | None, on_wait:
     while lease.state is LeaseState.WAITING:
         on_wait(lease)
         if deadline.left <= 0:
+            were = "1 env was not free" if lease.count == 1 else f"{lease.count} envs were not free at once"
             raise LeaseUnavailable(
-                f"{lease.count} envs were not free at once within {wait_s:g} s{told_of(lease)}.",
+                f"{were} within {wait_s:g} s{told_of(lease)}.",
                 hint=f"The lease was number {lease.position} in line. Wait longer, or ask for fewer.",
                 position=lease.position,
                 waits_for=[taken.model_dump(mode="json") for taken in lease.waits_for],

@@ -351,7 +351,14 @@ def _refused(error: aiohttp.ClientConnectorError) -> bool:
 
 
 def _base(url: str) -> str:
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+        _ = parts.port  # what is no port is found out only now
+    except ValueError as error:
+        raise SettingsError(
+            f"The address of the server is none: {error}.",
+            hint=f"Give it as http://HOST:PORT, for example {DEFAULT_URL}.",
+        ) from error
     if parts.scheme not in ("http", "https") or not parts.hostname:
         raise SettingsError(
             f"{url!r} is not the address of a server.", hint=f"Give it as http://HOST:PORT, for example {DEFAULT_URL}."

@@ -9,6 +9,7 @@ from importlib import import_module
 
 from anyio.to_thread import run_sync
 
+from .. import last_start
 from ..errors import SettingsError
 from ..findings import Finding, Look, gather
 from ..settings import Settings, load
@@ -39,7 +40,7 @@ def _load(environ: Mapping[str, str]) -> tuple[Settings, list[Finding]]:
         return load(environ), []
     except SettingsError as error:
         detail = f"{error.detail} The rest is looked at as by default"
-        fix = error.hint or "put it right in the environment or .env; README has the table"
+        fix = error.hint or "put it right in the environment or .env; /docs/settings has all of them"
         kept = {name: environ[name] for name in ("HOME", "XDG_STATE_HOME", "XDG_CACHE_HOME") if name in environ}
         return load(kept, None), [Finding("settings", "failed", detail, fix)]
 
@@ -52,7 +53,12 @@ async def _looks(
 
     holder = await run_sync(serving.holder, settings)
     daemon = await serving.find_daemon(settings, holder)
+    last = await run_sync(last_start.read, settings.state_dir)
+    checkout = await run_sync(serving.in_a_checkout)
+    runs = daemon is not None or await run_sync(serving.lock_holder, settings.state_dir / "lock") is not None
     settings, _ = serving.as_the_daemon(settings, daemon)
+    if daemon is None:
+        settings = serving.as_it_would_start(settings, last, checkout=checkout)
     provider = settings.provider
     here = desktops.Here(settings, daemon, container)
     looks: list[tuple[str, Look]] = [("packages", _thread(machine.packages_of, settings))]
@@ -83,6 +89,7 @@ async def _looks(
     return [
         *mine,
         serving.provider_of(settings, daemon),
+        *([serving.gone(last, checkout=checkout)] if last is not None and not runs else []),
         *await gather(looks, told=broke, at_once=AT_ONCE, within=WITHIN),
     ]
 

@@ -10,26 +10,30 @@ import socket
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import aiohttp
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from .. import __version__
 from ..access import access_of, is_loopback
 from ..errors import SettingsError
 from ..findings import Finding
 from ..journal import ROOM
+from ..last_start import LastStart
 from ..network import Holder, command_of, holder_of, urls
-from ..settings import KNOWN_PROVIDERS, VARIABLES, Settings, effective
+from ..settings import KNOWN_PROVIDERS, VARIABLES, Settings, effective, own_url
 from ..vm.disks import GIB, in_words
 from .remote import readiness, server_at
 from .wire import ask, opened
 
 THE_DAEMON = "the daemon that runs"
 """Origin of a setting that was taken from it."""
+THE_LAST = "the daemon that ran last"
+MAKE_SERVE = "make serve, which takes local where nothing is chosen"
+"""Origins of a provider that nobody chose, where no daemon runs."""
 PATIENCE = 2.0
 """Seconds in which a daemon of this host answers, unless it is stuck."""
 LITTLE = 2 * GIB
@@ -37,6 +41,11 @@ LITTLE = 2 * GIB
 _OURS = frozenset({"host", "port", "token", "client_password", "url", "log_level", "log_format"})
 """Settings that are not taken from a daemon that runs: where it was found, secrets, which it does not tell, and what is
 a client's own."""
+
+_NOT_COMPARED = _OURS - {"host", "token"} | {"lease"}
+"""And the port, at which it was found."""
+_ABOUT_ACCESS = {"ENVD_HOST", "ENVD_TOKEN", "ENVD_TOKEN_FILE", "ENVD_ALLOW", "ENVD_INSECURE", "ENVD_TLS_CERT"}
+_ONE_OF_TWO = "stop that daemon (envd drain --limit 0), or give this one an ENVD_STATE_DIR and an ENVD_PORT of its own"
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +76,7 @@ async def find_daemon(settings: Settings, holder: Holder | None) -> Daemon | Non
     """The envd that listens where these settings would have one listen."""
     if not settings.port:
         return None
-    host = settings.host
-    if host in ("0.0.0.0", "", "localhost"):
-        host = "127.0.0.1"
-    elif host == "::":
-        host = "::1"
-    where = f"[{host}]:{settings.port}" if ":" in host else f"{host}:{settings.port}"
+    where = own_url({"host": settings.host, "port": settings.port}).removeprefix("http://")
     for scheme in ("https", "http") if settings.tls_cert else ("http", "https"):
         url = f"{scheme}://{where}"
         try:
@@ -118,6 +122,43 @@ def as_the_daemon(settings: Settings, daemon: Daemon | None) -> tuple[Settings, 
         return settings, ()
 
 
+def as_it_would_start(settings: Settings, last: LastStart | None, *, checkout: bool) -> Settings:
+    """Where no daemon runs and no provider is chosen: with that of the last one, else with what `make serve` takes in a
+    `checkout`."""
+    if settings.origins.get("provider") != "default" or not (last or checkout):
+        return settings
+    provider, origin = (last.provider, THE_LAST) if last else ("local", MAKE_SERVE)
+    origins = {**settings.origins, "provider": origin}
+    return Settings.model_validate({**settings.model_dump(), "provider": provider, "origins": origins})
+
+
+def in_a_checkout(folder: Path = Path()) -> bool:
+    """Whether `make serve` works here. Blocks."""
+    return (folder / "Makefile").is_file() and (folder / "deploy" / "serve.sh").is_file()
+
+
+def gone(last: LastStart, *, checkout: bool) -> Finding:
+    """That no daemon runs, where one did."""
+    start = "make serve" if checkout else "envd serve"
+    return Finding("daemon", "warning", f"none runs; the last one was {last}", f"{start}; or sudo systemctl start envd")
+
+
+def differing(settings: Settings, daemon: Daemon | None) -> tuple[str, ...]:
+    """Names of settings that are chosen here and are others with the daemon that runs, as far as it tells."""
+    if daemon is None or daemon.settings is None:
+        return ()
+    plain, found = settings.model_dump(mode="json"), []
+    for name, field in VARIABLES.items():
+        theirs = daemon.settings.get(name)
+        if theirs is None or settings.origins.get(field) in ("default", THE_DAEMON) or field in _NOT_COMPARED:
+            continue
+        mine, has = plain[field], theirs.get("value")
+        # Of secrets no more is told than that there are some; and ours was let in.
+        if bool(mine) != bool(has) if isinstance(getattr(settings, field), SecretStr) else mine != has:
+            found.append(name)
+    return tuple(found)
+
+
 def settings_of(settings: Settings, daemon: Daemon | None) -> Finding:
     """Those that are set, with where. `settings` are those that `as_the_daemon` gives."""
     chosen = [
@@ -128,6 +169,13 @@ def settings_of(settings: Settings, daemon: Daemon | None) -> Finding:
     detail = ", ".join(chosen) or "all as by default"
     if daemon is not None and daemon.settings is None:
         detail += "; those of the daemon that runs are told to who has a token: ENVD_TOKEN=… envd doctor"
+        if settings.token.get_secret_value():
+            return Finding("settings", "warning", f"{detail}, and ENVD_TOKEN as it is here is none of its", _ONE_OF_TWO)
+    if others := differing(settings, daemon):
+        told = f"{detail}; the daemon that runs has others, and is what answers here: {', '.join(others)} differ"
+        return Finding(
+            "settings", "warning", f"{told}{'s' * (len(others) == 1)}. `envd serve` here is refused", _ONE_OF_TWO
+        )
     return Finding("settings", "ok", detail)
 
 
@@ -140,6 +188,11 @@ def provider_of(settings: Settings, daemon: Daemon | None) -> Finding:
     what, mine, origin = "provider", settings.provider, settings.origins.get("provider", "argument")
     if origin == THE_DAEMON:
         return Finding(what, "ok", f"{mine}, as the daemon that runs has it; here nothing is chosen")
+    if origin == THE_LAST:
+        return Finding(what, "ok", f"{mine}, as the daemon that ran last had it; here nothing is chosen")
+    if origin == MAKE_SERVE:
+        words = f"{mine}, which `make serve` takes where nothing is chosen; `envd serve` takes docker"
+        return Finding(what, "ok", words)
     if daemon is not None and daemon.provider and daemon.provider != mine:
         return Finding(
             what,
@@ -173,7 +226,7 @@ def port_of(settings: Settings, daemon: Daemon | None, holder: Holder | None) ->
     if holder is not None:
         stop = f"kill {holder.pid}; or " if holder.pid else f"sudo ss -ltnp 'sport = :{port}' says who; "
         return Finding(what, "failed", f"another program listens on it: {holder}", f"{stop}ENVD_PORT=another port")
-    trouble = _bindable(settings.host, port)
+    trouble = bindable(settings.host, port)
     if trouble is None:
         return Finding(what, "ok", "free; no daemon runs on it")
     if trouble.errno == errno.EACCES:
@@ -186,7 +239,7 @@ def port_of(settings: Settings, daemon: Daemon | None, holder: Holder | None) ->
     )
 
 
-def _bindable(host: str, port: int) -> OSError | None:
+def bindable(host: str, port: int) -> OSError | None:
     """What keeps a daemon from the port, if anything does. Listens on nothing."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(
@@ -204,7 +257,11 @@ def access_of_daemon(settings: Settings, environ: Mapping[str, str], daemon: Dae
     """Who reaches the daemon, and who of them may use it: the one that runs, if it tells. Blocks."""
     what = "access"
     if daemon is not None and daemon.settings is not None:
-        return _told_access(daemon.settings)
+        told = _told_access(daemon.settings)
+        if not set(differing(settings, daemon)) & _ABOUT_ACCESS:
+            return told
+        # The line about settings says what is chosen here: this one must not seem to be about that.
+        return replace(told, detail=f"of the daemon that runs, not by these settings: {told.detail}")
     try:
         access = access_of(settings, environ)
     except SettingsError as error:

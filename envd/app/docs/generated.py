@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import SecretStr
 
 from ...errors import EnvdError, Fault, StartError, error_classes
-from ...settings import VARIABLES, Settings
+from ...settings import VARIABLES, Settings, own_url
 from .pages import PAGES
 
 MARK = "<!-- Made by `make docs`; a test compares it. -->\n\n"
@@ -59,6 +59,8 @@ def default_of(field: str) -> str:
         return "~/.cache/envd"
     if field == "state_dir":
         return "~/.local/state/envd"
+    if field == "url":
+        return own_url({})
     value: Any = Settings.model_fields[field].default
     if value is None or isinstance(value, SecretStr) or value == ():
         return ""

@@ -104,7 +104,7 @@ function worded({ kind, job, data = {} }) {
     case "setup":
       return data.record ? `set-up ${data.record.index} ${data.record.type}: ${data.record.outcome} ${data.record.detail}` : kind;
     case "episode":
-      return data.state === "ended" ? `episode ended after ${data.steps} steps: ${data.end_reason}` : `episode began (${data.episode_id})`;
+      return data.state === "ended" ? `episode ended after ${data.steps} ${data.steps === 1 ? "step" : "steps"}: ${data.end_reason}` : `episode began (${data.episode_id})`;
     default:
       return data.message ?? kind;
   }
