@@ -96,7 +96,7 @@ async def _episode_row(client: Client, episode_id: str, now: float) -> tuple[str
     except EnvdError as error:
         return episode_id, "", "", "", "", f"cannot be looked at: {error.detail}"
     began, steps, ended = about.get("began_at"), about.get("steps"), about.get("end_reason")
-    played = number(steps, "step") if isinstance(steps, int) else ""
+    played = number(steps if isinstance(steps, int) else 0, "step")  # it is told with the first of them
     return (
         episode_id,
         str(about.get("env", "")),
