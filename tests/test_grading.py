@@ -453,9 +453,14 @@ async def test_kill_9_of_the_warm_process_ends_what_runs_and_a_new_one_starts(
     metric = Metric("leaves_a_process_and_loops", rule(length))
     task = asyncio.create_task(grade(graders, guest.request(metric), 60))
     await until(lambda: running(f"sleep {length}"))
-    (await graders.warm()).process.kill()
+    warm = await graders.warm()
+    warm.process.kill()
     assert kind_of(await task) == "killed"
     await until(lambda: gone(f"sleep {length}"))
+    # Until then its sandbox dies around it, and what is asked of it meanwhile is killed with it.
+    async with asyncio.timeout(20):
+        while not warm.ended:
+            await asyncio.sleep(0.02)
     assert (await grade(graders, guest.request(number(1)))).score == 1.0
 
 
