@@ -183,6 +183,15 @@ async def test_an_env_is_recycled(browser: Browser) -> None:
         assert served.desktop().id != old.id
 
 
+async def test_an_env_without_a_desktop_is_given_one_at_once(browser: Browser) -> None:
+    async with serving(envs=1) as served, looking(browser, served.url) as page:
+        await page.until(f"{card(0, '.act')}.textContent === 'Start'")
+        await page.click(".card .act")
+        await page.until(f"{card(0, '.task')}.textContent === 'No task: a plain desktop.'")
+        assert await page.evaluate(f"{card(0, '.act')}.textContent") == "Recycle"
+        assert served.service.env(0).desktop is not None
+
+
 async def test_the_daemon_is_drained(browser: Browser) -> None:
     asked = asyncio.Event()
     async with serving(envs=1) as served, looking(browser, served.url) as page:
@@ -471,7 +480,7 @@ async def test_nothing_of_a_film_is_cut_off_however_narrow_the_screen(browser: B
 async def test_an_empty_env_says_how_to_begin(browser: Browser) -> None:
     async with serving(envs=2) as served, looking(browser, served.url) as page:
         why = await page.evaluate(f"{card(1, '.screen-why')}.textContent")
-        assert why == "No desktop. `envd reset 1` or `envd demo` begins."
+        assert why == "No desktop. Start, `envd reset 1` or `envd demo` makes one."
 
 
 async def test_the_top_says_which_host_and_what_else_is_known_of_it(browser: Browser) -> None:

@@ -26,12 +26,13 @@ export async function cancel(job) {
   });
 }
 
+/** Asks first, where there is something to lose. */
 export async function recycle(env) {
   const played = env.episode && !env.episode.done;
   const words =
     (played ? `Its episode ends without a verdict after ${plural(env.episode.steps, "step")}. ` : "") +
     "It is reset without a task: its desktop is removed, and a clean one takes its place.";
-  if (!(await ask({ title: `Give env ${env.id} a clean desktop?`, words, yes: "Recycle it" }))) return;
+  if (env.desktop && !(await ask({ title: `Give env ${env.id} a clean desktop?`, words, yes: "Recycle it" }))) return;
   await attempt(async () => {
     await post(`/v1/envs/${env.id}/reset`);
     say(`Env ${env.id} will have a clean desktop.`);

@@ -220,8 +220,9 @@ class Card {
     setAttribute(this.#screen, "disabled", episode ? null : true);
     setAttribute(this.#bundle, "href", episode ? `/v1/episodes/${episode.id}/bundle` : "/");
     const job = this.#job;
-    setText(this.#act, job ? "Cancel" : "Recycle");
-    setAttribute(this.#act, "aria-label", job ? `Cancel the reset of env ${env.id}` : `Give env ${env.id} a clean desktop`);
+    const [command, means] = job ? ["Cancel", "the reset of"] : desktop ? ["Recycle", "the desktop of"] : ["Start", "a desktop for"];
+    setText(this.#act, command);
+    setAttribute(this.#act, "aria-label", `${command} ${means} env ${env.id}`);
     allow(this.#act, "play", job?.cancel_requested ? "It is being cancelled." : this.#store.stats?.draining && !job ? "The daemon takes no new work." : "");
     this.tick();
   }
@@ -231,7 +232,7 @@ class Card {
     if (state === "resetting") return "";
     if (state === "lost") return detail;
     const error = this.#store.failureOf.get(id);
-    return error ? [`The last reset failed: ${error.code}.`, error.detail, error.hint].filter(Boolean).join(" ") : "No desktop. `envd reset " + id + "` or `envd demo` begins.";
+    return error ? [`The last reset failed: ${error.code}.`, error.detail, error.hint].filter(Boolean).join(" ") : "No desktop. Start, `envd reset " + id + "` or `envd demo` makes one.";
   }
 
   #taskOf({ episode, state }) {
