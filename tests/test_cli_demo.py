@@ -86,6 +86,22 @@ async def test_it_plays_on_the_server_that_runs_and_gives_the_env_back(tmp_path:
         assert (tmp_path / "frames" / "evidence.tar").exists()
 
 
+async def test_without_evaluators_it_is_played_well_and_says_what_would_judge_it(tmp_path: Path) -> None:
+    interpreter = tmp_path / "python"
+    interpreter.write_text("#!/bin/sh\n")
+    interpreter.chmod(0o755)
+    async with daemon(tmp_path / "state", env={**QUICK, "ENVD_EVALUATORS": str(interpreter)}) as (process, _):
+        interpreter.unlink()
+        arguments = ("demo", "--pause", "0", "-o", "frames")
+        ran = await asyncio.to_thread(envd, tmp_path, *arguments, ENVD_URL=process.url)
+        assert (ran.returncode, ran.stderr) == (0, "")
+        assert "no score" in ran.stdout
+        assert "make evaluators" in ran.stdout.splitlines()[-1]
+        looked = await asyncio.to_thread(envd, tmp_path, "doctor", "--url", process.url)
+        assert looked.returncode == 0
+        assert "→ make evaluators, there" in looked.stdout
+
+
 async def test_where_every_env_is_used_it_disturbs_nobody(tmp_path: Path) -> None:
     async with daemon(tmp_path / "state", env=QUICK) as (process, _), Client(process.url) as client:
         async with client.lease(1):

@@ -21,7 +21,15 @@ from rich.console import Console
 from rich.text import Text
 
 from ..client import Client, EnvHandle
-from ..errors import EnvdError, InfraError, LeaseUnavailable, NotEvaluable, RequestError, ServerUnreachable, StartError
+from ..errors import (
+    EnvdError,
+    EvaluatorsMissing,
+    InfraError,
+    LeaseUnavailable,
+    RequestError,
+    ServerUnreachable,
+    StartError,
+)
 from ..models import Job, Verdict
 from ..settings import Settings
 from ..tasks.grading import find_interpreter
@@ -151,7 +159,7 @@ async def demo(
     _line(output, "frames", f"{told.folder}")
     end = "the daemon and its desktop are gone" if stage.own else "the lease is given back, and its desktop is gone"
     _line(output, "end", f"after {seconds:.1f} s; {end}")
-    unjudged = told.verdict is not None and told.verdict.code == NotEvaluable.code
+    unjudged = told.verdict is not None and told.verdict.code == EvaluatorsMissing.code
     if unjudged:
         words = "there is no score because no evaluators are installed: `make evaluators`, once, and it is judged, too"
         _line(output, "hint", words)

@@ -478,6 +478,8 @@ def _remedy(reason: str) -> str:
         return "wait, or raise ENVD_QUEUE_LIMIT; envd watch shows what it does"
     if "ENVD_INSECURE" in reason:
         return "ENVD_TOKEN=$(openssl rand -hex 32) instead of ENVD_INSECURE=1"
+    if "no evaluators" in reason:
+        return "make evaluators, there"
     return "see the daemon's log: journalctl -u envd -n 50"
 
 
