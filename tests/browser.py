@@ -148,6 +148,8 @@ class Page:
         """Sent with each of them, their names in lower case."""
         self.refused: list[str] = []
         """Those that did not answer well, of which Chromium itself tells: a page may mean to ask and find out."""
+        self.network: list[str] = []
+        """And how."""
 
     def hear(self, method: str, params: dict[str, Any]) -> None:
         if method == "Runtime.exceptionThrown":
@@ -157,6 +159,7 @@ class Page:
             self.troubles.append(str([one.get("value", one.get("description")) for one in params["args"]]))
         elif method == "Log.entryAdded" and params["entry"]["source"] == "network":
             self.refused.append(params["entry"].get("url", ""))
+            self.network.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
         elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
             self.troubles.append(f"{params['entry']['text']} {params['entry'].get('url', '')}")
         elif method == "Network.requestWillBeSent":
@@ -192,7 +195,9 @@ class Page:
         ):
             if asyncio.get_running_loop().time() > end:
                 shown = await self.evaluate("document.body.innerText.slice(0, 3000)")
-                raise AssertionError(f"{expression} did not come to pass; the page shows:\n{shown}\n{self.troubles}")
+                raise AssertionError(
+                    f"{expression} did not come to pass; the page shows:\n{shown}\n{self.troubles} {self.network}"
+                )
             await asyncio.sleep(0.03)
         return value
 

@@ -77,6 +77,15 @@ def artefacts() -> Path:
     return folder
 
 
+async def test_a_daemon_that_swallows_a_request_is_asked_again(browser: Browser) -> None:
+    async with serving(envs=1) as served, browser.page() as page:
+        await page.command("Fetch.enable", patterns=[{"urlPattern": "*/v1/whoami"}])
+        await page.open(served.url)  # what it asks now is held for ever
+        await page.until("document.querySelector('#before').textContent.includes('did not answer in time')")
+        await page.command("Fetch.disable")
+        await page.until(f"{SHOWN} && {LIVE}")
+
+
 # -- what happens is shown ----------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@
 let token = "";
 let caller = null;
 const SCOPES = ["read", "play", "admin"];
+const PATIENCE_MS = 8000; // a way that swallows what is sent must not leave the page waiting for ever
 
 /** What the daemon refused, or that it was not reached. */
 export class Problem extends Error {
@@ -19,15 +20,18 @@ export function useToken(given) {
   token = given;
 }
 
-/** A response that is well. Raises Problem. */
+/** A response that is well. Raises Problem, also when nothing comes for too long; a `signal` of the caller's own takes the
+ * place of that. */
 export async function request(path, how = {}) {
   const headers = new Headers(how.headers);
   if (token) headers.set("Authorization", `Bearer ${token}`);
+  const signal = how.signal ?? AbortSignal.timeout(PATIENCE_MS);
   let response;
   try {
-    response = await fetch(path, { cache: "no-store", credentials: "omit", redirect: "error", ...how, headers });
+    response = await fetch(path, { cache: "no-store", credentials: "omit", redirect: "error", ...how, headers, signal });
   } catch (error) {
     if (error.name === "AbortError") throw error;
+    if (error.name === "TimeoutError") throw new Problem(0, { detail: "The daemon did not answer in time." });
     throw new Problem(0, { detail: "The daemon could not be reached." });
   }
   if (response.ok) return response;
