@@ -86,6 +86,15 @@ async def test_a_daemon_that_swallows_a_request_is_asked_again(browser: Browser)
         await page.until(f"{SHOWN} && {LIVE}")
 
 
+async def test_a_page_that_lacks_a_part_loads_itself_again(browser: Browser) -> None:
+    async with serving(envs=1) as served, browser.page() as page:
+        await page.command("Network.setBlockedURLs", urls=["*/dashboard/film.js"])
+        await page.open(served.url)
+        assert not await page.evaluate(SHOWN)
+        await page.command("Network.setBlockedURLs", urls=[])
+        await page.until(f"{SHOWN} && {LIVE}")
+
+
 # -- what happens is shown ----------------------------------------------------------------------------------------
 
 

@@ -14,7 +14,8 @@ and loads and runs nothing but its own files.
     boots.js      boots and the queue                phases.js    a job's phases and probes
     charts.js     reset times, failures, the host    lists.js     verdicts and activity
     film.js       an episode, step by step           marks.js     what a step did, drawn
-    pictures.js   screens, where somebody looks      dom.js, format.js, dialogs.js
+    pictures.js   screens, where somebody looks      whole.js     loads the page again where a part was not to be had
+    dom.js, format.js, dialogs.js
 """
 
 from __future__ import annotations
