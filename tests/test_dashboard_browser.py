@@ -552,9 +552,18 @@ CONTRASTS = """(() => {
     }
     return found.sort((x, y) => x[0] - y[0]);
 })()"""
-TOKENS = """[...document.styleSheets[0].cssRules].find((rule) => rule.selectorText === ':root')
-    .cssText.match(/--[\\w-]+/g).filter((name, at, all) => all.indexOf(name) === at)
-    .map((name) => [name, getComputedStyle(document.documentElement).getPropertyValue(name)])"""
+TOKENS = """(() => {
+    const probe = document.body.appendChild(document.createElement('i'));
+    const names = [...document.styleSheets[0].cssRules].find((rule) => rule.selectorText === ':root')
+        .cssText.match(/--[\\w-]+/g).filter((name, at, all) => all.indexOf(name) === at);
+    const found = names.map((name) => {
+        probe.style.color = probe.style.boxShadow = `var(${name})`;
+        const { color, boxShadow } = getComputedStyle(probe);
+        return [name, color, boxShadow];
+    });
+    probe.remove();
+    return found;
+})()"""
 
 
 async def busy(served: Served) -> None:
