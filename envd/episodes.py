@@ -246,9 +246,9 @@ class Envs:
     def is_untouched(self, env: int, episode_id: str) -> bool:
         """Whether the env is where that episode began: nothing was done in it, and nothing is."""
         slot = self._slot(env)
-        episode = slot.episode
-        begun = slot.state is EnvState.PLAYING and not slot.busy and episode is not None and episode.id == episode_id
-        return begun and episode is not None and not episode.done and not episode.steps
+        if slot.state is not EnvState.PLAYING or slot.busy or slot.episode is None or slot.episode.id != episode_id:
+            return False
+        return not slot.episode.done and not slot.episode.steps
 
     async def idle(self) -> None:
         """Return when no step runs."""

@@ -44,6 +44,8 @@ SKEW = 2.0
 DOWNLOADS = 4
 MOST_WORDS, MOST_LETTERS = 20, 500
 """Of what a server says that is passed on: so many sentences, of so many characters."""
+UNJUDGED = "no evaluators"
+"""In what `/readyz` warns of where nothing can be judged."""
 SLOW = 2_000_000
 """Bytes a second below which pictures take longer than desktops: one of a full screen has some 500,000."""
 
@@ -478,7 +480,7 @@ def _remedy(reason: str) -> str:
         return "wait, or raise ENVD_QUEUE_LIMIT; envd watch shows what it does"
     if "ENVD_INSECURE" in reason:
         return "ENVD_TOKEN=$(openssl rand -hex 32) instead of ENVD_INSECURE=1"
-    if "no evaluators" in reason:
+    if UNJUDGED in reason:
         return "make evaluators, there"
     return "see the daemon's log: journalctl -u envd -n 50"
 

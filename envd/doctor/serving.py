@@ -26,7 +26,7 @@ from ..last_start import LastStart
 from ..network import Holder, command_of, holder_of, urls
 from ..settings import KNOWN_PROVIDERS, VARIABLES, Settings, effective, own_url
 from ..vm.disks import GIB, in_words
-from .remote import readiness, server_at
+from .remote import UNJUDGED, readiness, server_at
 from .wire import ask, opened
 
 THE_DAEMON = "the daemon that runs"
@@ -384,7 +384,7 @@ async def daemon_state(daemon: Daemon, settings: Settings) -> list[Finding]:
     async with opened(settings.token.get_secret_value().strip(), verify=False) as session:
         found = await readiness(session, server)
     # Of evaluators a line of their own tells.
-    return [one for one in found if "no evaluators" not in one.detail]
+    return [one for one in found if UNJUDGED not in one.detail]
 
 
 def holder(settings: Settings) -> Holder | None:
